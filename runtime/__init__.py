@@ -1,0 +1,21 @@
+"""An actor runtime on asyncio and ZeroMQ: typed messages between supervised actors in supervised processes.
+
+    actor.py      the contract: fields, start, @message, stop          mailbox.py    bounded lanes, credits
+    ref.py        call / cast / stream                                 supervisor.py restart or give up
+    system.py     the root: nodes, actors, restarts                    launcher.py   processes, pidfd
+    node.py       one process: delivers and answers                    transport.py  ZeroMQ sockets
+    pool.py       leased priority queue with a journal                 exchange.py   weights by shared memory
+
+It knows nothing of models, rewards or training, and imports no torch.
+"""
+
+from .actor import Actor as Actor
+from .actor import message as message
+from .codec import wire as wire
+from .deadline import timeout as timeout
+from .directory import Status as Status
+from .launcher import NodeSpec as NodeSpec
+from .mailbox import Lane as Lane
+from .ref import Ref as Ref
+from .supervisor import RestartPolicy as RestartPolicy
+from .system import System as System

@@ -1,0 +1,198 @@
+"""The labelled running sum: add and subtract single digits, writing down every partial total.
+
+    prompt     a+2b+7c-7=
+    response   a+2=2b+7=9c-7=2#2<eos>
+
+A response is long when the problem is, it can go wrong at every step, and one comparison judges it: what a reasoning
+task needs, on a scale that two CPU cores learn in minutes. Problem number `ordinal` of a seed is always the same.
+The demonstrator that the warm-up imitates is biased on purpose: it forgets carries and borrows more often than
+chance errors would, so that its most likely answer is often wrong and reinforcement learning has an ability to teach,
+not only a distribution to sharpen. Knows nothing of models, rewards or actors.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from annotated_types import Ge, Gt, Le, Lt
+
+from ...runtime.codec import wire
+from ..philox import Stream, uniforms
+from ..types import Prompt
+
+MIN_OPERANDS = 2
+MAX_TOTAL = 99
+
+VOCABULARY = (
+    "<eos>",
+    "=",
+    "#",
+    *string.digits,
+    *(f"+{digit}" for digit in string.digits),
+    *(f"-{digit}" for digit in string.digits),
+    *string.ascii_lowercase,
+)
+"""Text of each token id. A signed operand is one token: split in two, late positions suffer copying errors."""
+
+EOS_ID = 0
+_ID = {text: token for token, text in enumerate(VOCABULARY)}
+_TOKEN = re.compile("|".join(re.escape(text) for text in sorted(VOCABULARY, key=len, reverse=True)))
+
+
+@wire
+@dataclass(kw_only=True, slots=True)
+class Demonstration:
+    """A prompt and the response that the biased demonstrator wrote for it."""
+
+    prompt: Prompt
+    response: np.ndarray
+    """int32 [n], ends with the end-of-sequence token"""
+
+
+@wire
+@dataclass(frozen=True, kw_only=True)
+class RunningSum:
+    """Table `[task]`: what problems look like, and how their demonstrator errs."""
+
+    max_operands: Annotated[int, Ge(2), Le(26)] = 14
+    """Longest problem; each operand has a letter as its label."""
+    length_decay: Annotated[float, Gt(0), Lt(1)] = 0.16
+    """Number of operands = 2 + geometric(length_decay), at most `max_operands`."""
+    max_operand: Annotated[int, Ge(1), Le(9)] = 9
+    """Operands are 1..max_operand, with a sign that keeps all totals within 0..99."""
+    subtraction: Annotated[float, Ge(0), Le(1)] = 0.5
+    """Share of subtractions where both signs are possible; below 0.5 totals grow with the length."""
+    bias: Annotated[float, Ge(0), Le(1)] = 0.5
+    """How often the demonstrator forgets a carry or borrow."""
+    slip: Annotated[float, Ge(0), Le(1)] = 0.04
+    """How often the demonstrator writes a random last digit."""
+
+    vocab_size = len(VOCABULARY)
+    eos_id = EOS_ID
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Numbers of operands that occur, int64 [S]."""
+        return np.arange(MIN_OPERANDS, self.max_operands + 1)
+
+    @property
+    def size_prior(self) -> np.ndarray:
+        """Probability of each of `sizes`, float64 [S]."""
+        prior = self.length_decay * (1 - self.length_decay) ** np.arange(len(self.sizes))
+        prior[-1] = 1 - prior[:-1].sum()
+        return prior
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return 2 * self.max_operands + 1
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Longest response of a faultless solver."""
+        return 5 * self.max_operands + 4
+
+    def prompts(self, seed: int, ordinals: np.ndarray, sizes: np.ndarray | None = None) -> list[Prompt]:
+        """Problems number `ordinals` (int64 [N]) of `seed`, with `sizes` (int64 [N]) operands or sizes by the prior."""
+        ordinals = np.asarray(ordinals, np.int64)
+        if sizes is None:
+            sizes = self._sizes_by_prior(seed, ordinals, self.max_operands)
+        drawn = uniforms(seed, Stream.PROBLEM, ordinals, sizes, 2 * self.max_operands)
+        return [
+            self._prompt(int(ordinal), int(size), u.tolist())
+            for ordinal, size, u in zip(ordinals, sizes, drawn, strict=True)
+        ]
+
+    def evaluation_set(self, seed: int, count: int) -> list[Prompt]:
+        """The fixed problems -1..-count, which training never uses; sizes by the prior."""
+        return self.prompts(seed, -np.arange(1, count + 1))
+
+    def demonstrations(self, seed: int, ordinals: np.ndarray, max_operands: int) -> list[Demonstration]:
+        """Worked examples number `ordinals` (int64 [N]); sizes by the prior, at most `max_operands`.
+
+        Their problems are not those of `prompts` with the same ordinals.
+        """
+        ordinals = np.asarray(ordinals, np.int64)
+        sizes = self._sizes_by_prior(seed, ordinals, min(max_operands, self.max_operands))
+        problems = uniforms(seed, Stream.DEMONSTRATION, ordinals, 0, 2 * self.max_operands)
+        errors = uniforms(seed, Stream.DEMONSTRATION, ordinals, 1, 3 * self.max_operands)
+        examples = []
+        for ordinal, size, u, e in zip(ordinals, sizes, problems, errors, strict=True):
+            prompt = self._prompt(int(ordinal), int(size), u.tolist())
+            response = self._write(operands_of(prompt), self._biased_totals(operands_of(prompt), e.tolist()))
+            examples.append(Demonstration(prompt=prompt, response=response))
+        return examples
+
+    def solve(self, prompt: Prompt) -> np.ndarray:
+        """The faultless response, int32 [n]."""
+        operands = operands_of(prompt)
+        return self._write(operands, np.cumsum(operands).tolist())
+
+    def _sizes_by_prior(self, seed: int, ordinals: np.ndarray, max_operands: int) -> np.ndarray:
+        u = uniforms(seed, Stream.SIZE, ordinals, 0, 1)[:, 0]
+        return np.minimum(MIN_OPERANDS + np.searchsorted(np.cumsum(self.size_prior)[:-1], u), max_operands)
+
+    def _prompt(self, ordinal: int, size: int, u: list[float]) -> Prompt:
+        total, text = 0, []
+        for i in range(size):
+            up, down = min(self.max_operand, MAX_TOTAL - total), min(self.max_operand, total)
+            minus = up == 0 or (down > 0 and i > 0 and u[2 * i] < self.subtraction)
+            operand = 1 + int(u[2 * i + 1] * (down if minus else up))
+            total += -operand if minus else operand
+            text += [string.ascii_lowercase[i], f"{'-' if minus else '+'}{operand}"]
+        tokens = np.array([_ID[t] for t in (*text, "=")], np.int32)
+        return Prompt(ordinal=ordinal, tokens=tokens, answer=str(total), size=size)
+
+    def _biased_totals(self, operands: list[int], u: list[float]) -> list[int]:
+        total, totals = 0, []
+        for i, operand in enumerate(operands):
+            tens, ones = total // 10, total % 10 + operand
+            crosses = 1 if ones > 9 else -1 if ones < 0 else 0
+            if u[3 * i] >= self.bias:
+                tens = min(max(tens + crosses, 0), 9)
+            if u[3 * i + 1] < self.slip:
+                ones = int(10 * u[3 * i + 2])
+            total = 10 * tens + ones % 10
+            totals.append(total)
+        return totals
+
+    def _write(self, operands: list[int], totals: list[int]) -> np.ndarray:
+        ids = []
+        for label, operand, total in zip(string.ascii_lowercase, operands, totals, strict=False):
+            ids += [_ID[label], _ID[f"{operand:+d}"], _ID["="], *(_ID[digit] for digit in str(total))]
+        ids += [_ID["#"], *(_ID[digit] for digit in str(totals[-1])), EOS_ID]
+        return np.array(ids, np.int32)
+
+
+def curriculum(step: int, num_steps: int, max_operands: int) -> int:
+    """Longest problem at SFT step `step` of `num_steps`: from 4 up to `max_operands` over the first half."""
+    progress = min(1.0, 2 * step / max(1, num_steps))
+    return min(max_operands, 4 + round(progress * max(0, max_operands - 4)))
+
+
+def operands_of(prompt: Prompt) -> list[int]:
+    """Signed operands of a problem."""
+    return [int(VOCABULARY[token]) for token in prompt.tokens[1:-1:2]]
+
+
+def encode(text: str) -> np.ndarray:
+    """Token ids, int32 [n]. Raises ValueError for text that the vocabulary can't spell."""
+    ids, at = [], 0
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise ValueError(f"the running-sum vocabulary has no token for {text[at]!r} at character {at}")
+        ids.append(_ID[match.group()])
+        at = match.end()
+    return np.array(ids, np.int32)
+
+
+def decode(tokens: np.ndarray) -> str:
+    """Text of `tokens` (int [n]), without a last end-of-sequence token; an id outside the vocabulary reads `<id>`."""
+    ids = np.asarray(tokens).tolist()
+    if ids and ids[-1] == EOS_ID:
+        ids.pop()
+    return "".join(VOCABULARY[i] if 0 <= i < len(VOCABULARY) else f"<{i}>" for i in ids)

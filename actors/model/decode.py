@@ -1,0 +1,131 @@
+"""Qwen3-MoE for generation: prefill and one-token steps over a cache of keys and values. Knows nothing of sampling or requests.
+
+The cache has `num_slots` rows; whoever drives the decoder decides which sequence lives in which. A step works on the
+first B rows, so a driver keeps its live sequences there (`KvCache.copy` moves one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention import PackedAttention
+from .block import Attend, LayerWeights, block, fuse, rms_norm, rotations
+from .config import ModelConfig
+
+CROP_TOKENS = 16
+"""A step reads the cache up to its longest row, rounded up to this many tokens."""
+
+
+class KvCache:
+    """Keys and values of `num_slots` sequences of up to `max_len` tokens, in fp32."""
+
+    def __init__(self, config: ModelConfig, *, num_slots: int, max_len: int) -> None:
+        if max_len > config.max_positions:
+            raise ValueError(
+                f"a cache of {max_len} tokens is longer than the model's max_positions {config.max_positions}; "
+                "raise model.max_positions or shorten prompts or answers"
+            )
+        self.num_slots = num_slots
+        self.max_len = max_len
+        self.num_heads = config.num_kv_heads
+        self.data = torch.zeros(config.num_layers, 2, num_slots, config.num_kv_heads, max_len, config.head_dim)
+        """[layers, (key, value), slots, G, max_len, D]"""
+
+    @torch.inference_mode()
+    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Copies the first `length` tokens of slot `source` to every slot of `targets`."""
+        self.data[:, :, targets, :, :length] = self.data[:, :, source : source + 1, :, :length]
+
+    def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Where (slot, position) pairs [N] lie in the flat view that `write` uses: int64 [N * G]."""
+        heads = slots.unsqueeze(1) * self.num_heads + torch.arange(self.num_heads)
+        return (heads * self.max_len + positions.unsqueeze(1)).flatten()
+
+    def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores k and v [N, G, D] at `rows`."""
+        for flat, new in zip(self.data[layer].flatten(1, 3), (k, v), strict=True):
+            flat.index_copy_(0, rows, new.flatten(0, 1))
+
+    def view(self, layer: int, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first rows and tokens: two [num_rows * G, length, D], without a copy."""
+        k, v = self.data[layer, :, :num_rows].flatten(1, 2)[:, :, :length]
+        return k, v
+
+
+class Decoder:
+    """The weights of one policy version, fused for decoding. `load` replaces them; caches stay valid."""
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> None:
+        self.config = config
+        self._rotations = rotations(config)
+        self.load(tensors)
+
+    @torch.inference_mode()
+    def load(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Takes weights by Hugging Face name (fp32, as `Learner.weights` gives them). All are copied."""
+
+        def tensor(name: str) -> Tensor:
+            return torch.tensor(tensors[name])
+
+        self._layers: list[LayerWeights] = [
+            fuse(self.config, lambda name, i=i: tensor(f"model.layers.{i}.{name}")) for i in range(self.config.num_layers)
+        ]
+        self._embed = tensor("model.embed_tokens.weight")
+        self._norm = tensor("model.norm.weight")
+        self._head = self._embed if self.config.tie_word_embeddings else tensor("lm_head.weight")
+
+    @torch.inference_mode()
+    def prefill(self, cache: KvCache, tokens: Tensor, lengths: Sequence[int], slots: Tensor) -> Tensor:
+        """Runs whole sequences that lie end to end (int64 [T]) and fills slot i of `slots` with the i-th.
+
+        Returns the logits after the last token of each, [len(lengths), vocab_size].
+        """
+        sizes = torch.as_tensor(lengths)
+        ends = sizes.cumsum(0)
+        positions = torch.arange(len(tokens)) - (ends - sizes).repeat_interleave(sizes)
+        rows = cache.rows(slots.repeat_interleave(sizes), positions)
+        packed = PackedAttention(lengths)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.write(layer, rows, k, v)
+            return packed(layer, q, k, v)
+
+        return self._logits(self._run(tokens, positions, attend)[ends - 1])
+
+    @torch.inference_mode()
+    def step(self, cache: KvCache, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Adds one token to each of the first B slots: tokens and positions are int64 [B].
+
+        Row b attends to cache positions 0..positions[b], its own new token last. Returns logits [B, vocab_size].
+        """
+        num_rows, heads, width = len(tokens), self.config.num_heads, self.config.head_dim
+        length = min(-(-(int(positions.max()) + 1) // CROP_TOKENS) * CROP_TOKENS, cache.max_len)
+        rows = cache.rows(torch.arange(num_rows), positions)
+        future = torch.arange(length) > positions.unsqueeze(1)
+        bias = torch.zeros(num_rows, length).masked_fill_(future, -torch.inf)
+        bias = bias.repeat_interleave(cache.num_heads, 0).unsqueeze(1)
+        scale = width**-0.5
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.write(layer, rows, k, v)
+            keys, values = cache.view(layer, num_rows, length)
+            queries = q.reshape(num_rows * cache.num_heads, heads // cache.num_heads, width)
+            scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scale)
+            return torch.bmm(torch.softmax(scores, -1), values).view(num_rows, heads * width)
+
+        return self._logits(self._run(tokens, positions, attend))
+
+    def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        x = self._embed[tokens]
+        turn = self._rotations[positions].unsqueeze(1)
+        for index, weights in enumerate(self._layers):
+            x, _, _ = block(self.config, index, x, weights, turn, attend)
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(rms_norm(x, self._norm, self.config.rms_norm_eps), self._head)

@@ -1,0 +1,106 @@
+"""The nouns of the stream: prompt, segment, trajectory, group, verdict. Knows nothing of actors, models or files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from ..runtime.codec import wire
+
+Finish = Literal["", "stop", "length"]
+"""Why a response ended: "" = it has not (partial), "stop" = end-of-sequence token, "length" = budget used up."""
+
+
+@wire
+@dataclass(kw_only=True, slots=True)
+class Prompt:
+    """One problem."""
+
+    ordinal: int
+    """Monotonic number of the prompt in its run: never skipped, never used twice. Evaluation uses negative ones."""
+    tokens: np.ndarray
+    """int32 [P]"""
+    answer: str
+    """What the verifier compares with."""
+    size: int
+    """Difficulty class (for the running sum: number of operands)."""
+
+
+@wire
+@dataclass(kw_only=True, slots=True)
+class Segment:
+    """Tokens of one response that were requested under one policy version."""
+
+    version: int
+    tokens: np.ndarray
+    """int32 [n]"""
+    logprobs: np.ndarray
+    """float32 [n]: behaviour log-probabilities, at the sampling temperature"""
+
+
+@wire
+@dataclass(kw_only=True, slots=True)
+class Verdict:
+    """What the verifier says of one response. An `error` is never a wrong answer: the sample is excluded."""
+
+    correct: bool
+    error: str = ""
+    """Empty, or why no verdict could be reached."""
+
+
+@wire
+@dataclass(kw_only=True, slots=True)
+class Trajectory:
+    """One response: its segments in order, its verdict, its reward."""
+
+    member: int
+    """Index in the group, 0..G-1."""
+    segments: list[Segment] = field(default_factory=list)
+    finish: Finish = ""
+    verdict: Verdict | None = None
+    reward: float = 0.0
+    """Shaped reward; meaningful only when `verdict` is present and has no error."""
+
+    def tokens(self) -> np.ndarray:
+        """All response tokens, int32 [n]."""
+        return _join([s.tokens for s in self.segments], np.int32)
+
+    def logprobs(self) -> np.ndarray:
+        """Behaviour log-probabilities, float32 [n]."""
+        return _join([s.logprobs for s in self.segments], np.float32)
+
+    def versions(self) -> np.ndarray:
+        """Policy version of each token, int32 [n]."""
+        return _join([np.full(len(s.tokens), s.version) for s in self.segments], np.int32)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(s.tokens) for s in self.segments)
+
+
+@wire
+@dataclass(kw_only=True, slots=True)
+class Group:
+    """The G responses to one prompt."""
+
+    prompt: Prompt
+    trajectories: list[Trajectory]
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the oldest token: staleness counts from here."""
+        return min(s.version for t in self.trajectories for s in t.segments)
+
+    @property
+    def newest_version(self) -> int:
+        return max(s.version for t in self.trajectories for s in t.segments)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(t.num_tokens for t in self.trajectories)
+
+
+def _join(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)

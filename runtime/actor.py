@@ -1,0 +1,149 @@
+"""The actor contract: what a class must be to live in a node.
+
+    class you write                     what the node does with it
+    ---------------------------------   ---------------------------------------------------------
+    fields                              configuration; sent to the node, never changed afterwards
+    async start()                       once per incarnation, before the first message; opens state
+    @message methods                    one at a time, in the order of lanes and arrival
+    async stop(reason)                  once, after the last message; closes what start opened
+
+An instance is plain Python: after `await actor.start()` its methods can be tested with no runtime at all. Only `@message`
+methods can be reached from outside. This module knows nothing of processes, sockets or supervision.
+
+Where an exception goes: from a call or a stream, to the caller, and the actor lives on. From `start`, a cast or a background
+task there is no caller, so the actor fails and its supervisor decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
+
+from .mailbox import Lane
+
+if TYPE_CHECKING:
+    from .node import Node, Status
+    from .ref import Ref
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_DEADLINE_S = 60.0
+"""A call with no deadline of its own is given up after this long; for a stream it bounds the wait for each item."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageSpec:
+    """How a node handles one kind of message."""
+
+    name: str
+    kind: Literal["async", "stream", "thread"]
+    concurrent: bool
+    lane: Lane
+    deadline_s: float
+
+
+@overload
+def message(method: F, /) -> F: ...
+@overload
+def message(
+    *, concurrent: bool = ..., thread: bool = ..., lane: Lane = ..., deadline_s: float = ...
+) -> Callable[[F], F]: ...
+def message(
+    method: Callable[..., Any] | None = None,
+    /,
+    *,
+    concurrent: bool = False,
+    thread: bool = False,
+    lane: Lane = Lane.NORMAL,
+    deadline_s: float = DEFAULT_DEADLINE_S,
+) -> Any:
+    """Makes a method reachable by refs.
+
+    `async def` runs on the node's loop; an async generator answers a stream; `thread=True` takes a plain `def` and runs it
+    on the actor's own thread, so that the loop keeps answering while it computes. `concurrent=True` lets it overlap with
+    other messages. `deadline_s` applies where the caller sets none. Raises TypeError for a method of the wrong kind.
+    """
+
+    def mark(method: Callable[..., Any]) -> Callable[..., Any]:
+        if inspect.isasyncgenfunction(method):
+            kind = "stream"
+        elif inspect.iscoroutinefunction(method):
+            kind = "async"
+        else:
+            kind = "thread"
+        if (kind == "thread") != thread:
+            wrong = "must be `def` with thread=True" if thread else "must be `async def`, or declare thread=True"
+            raise TypeError(f"@message {method.__qualname__}: {wrong}")
+        if method.__name__.startswith("_"):
+            raise TypeError(f"@message {method.__qualname__}: a message has a public name")
+        if not deadline_s > 0:
+            raise ValueError(f"@message {method.__qualname__}: deadline_s must be > 0, got {deadline_s}")
+        spec = MessageSpec(method.__name__, kind, concurrent, lane, deadline_s)  # type: ignore[arg-type]
+        method.__message__ = spec  # type: ignore[attr-defined]
+        return method
+
+    return mark(method) if method is not None else mark
+
+
+class Actor:
+    """Base of all actors; subclasses are keyword-only dataclasses. See the module docstring for the contract."""
+
+    messages: ClassVar[dict[str, MessageSpec]] = {}
+    """The @message methods of the class, inherited ones included."""
+
+    mailbox_capacity: ClassVar[int] = 1024
+    """Messages that may wait; see mailbox.py for what happens beyond."""
+
+    _node: Node | None = None
+    _name: str = ""
+    _tasks: asyncio.TaskGroup | None = None
+    _thread: ThreadPoolExecutor | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {n: m.__message__ for n, m in vars(cls).items() if hasattr(m, "__message__")}
+        cls.messages = {**cls.messages, **own}
+
+    async def start(self) -> None:
+        """Opens state. Raising here fails the incarnation."""
+
+    async def stop(self, reason: BaseException | None) -> None:
+        """Closes what `start` opened; `reason` is None for an orderly stop."""
+
+    @property
+    def name(self) -> str:
+        """The name in the system, or "" outside one."""
+        return self._name
+
+    def find(self, name: str) -> Ref:
+        """The ref to another actor of this system, whether it is up yet or not."""
+        if self._node is None:
+            raise RuntimeError(f"{type(self).__name__}.find({name!r}): this actor is not in a running system")
+        return self._node.ref(name)
+
+    def watch(self, name: str) -> AsyncIterator[Status]:
+        """Yields the present status of an actor and then each change: up (a new incarnation), down, stopped."""
+        if self._node is None:
+            raise RuntimeError(f"{type(self).__name__}.watch({name!r}): this actor is not in a running system")
+        return self._node.directory.watch(name)
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Writes a line to the run's events.jsonl; does nothing outside a system."""
+        if self._node is not None:
+            self._node.emit(event, actor=self._name, **fields)
+
+    def background(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Starts a task that the actor owns: cancelled at stop, and its failure is the actor's failure."""
+        if self._tasks is None:
+            return asyncio.get_running_loop().create_task(work, name=name)
+        return self._tasks.create_task(work, name=f"{self._name}:{name}")
+
+    async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs `function` on the actor's own thread (always the same one) and waits for its result."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix=self._name or type(self).__name__)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)

@@ -1,0 +1,183 @@
+"""The process of a node: `python -m headrace.runtime.agent`, and the `$node` actor through which the root runs it.
+
+    read spec from stdin -> die with the launcher -> bind -> hello to the root -> spawn / stop actors -> shutdown
+
+Started by launcher.py only. Imports an actor's module when it is told to spawn it, so that a node without torch actors is up
+in a fraction of a second. Decides nothing: a failed actor is reported to the root, whose supervisor decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import faulthandler
+import importlib
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from .actor import Actor, message
+from .cell import Cell
+from .codec import decode, encode
+from .directory import Status
+from .mailbox import Lane
+from .node import Node
+from .protocol import pack_error
+
+STOP_ACTOR_S = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+def specs_of(actor: type[Actor]) -> dict[str, tuple[int, float]]:
+    """Lane and default deadline of each message of a class, as the directory lists them."""
+    return {name: (int(spec.lane), spec.deadline_s) for name, spec in actor.messages.items()}
+
+
+@dataclass(kw_only=True)
+class NodeAgent(Actor):
+    """The actor `$node@<name>` of every node: hosts, lists and stops its cells."""
+
+    def __post_init__(self) -> None:
+        self._cells: dict[str, asyncio.Task[None]] = {}
+        self.done = asyncio.Event()
+
+    def host(self, node: Node, actor: Actor, name: str, incarnation: int) -> Cell:
+        """Puts an actor into this node; a cell of the same name must have ended."""
+        actor._node, actor._name = node, name
+        cell = node.cells[name] = Cell(actor, name, incarnation, node)
+        task = asyncio.get_running_loop().create_task(self._run(node, cell), name=name)
+        self._cells[name] = task
+        return cell
+
+    async def _run(self, node: Node, cell: Cell) -> None:
+        failure = None
+        try:
+            await cell.run()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            failure = error
+        if node.cells.get(cell.name) is cell:
+            del node.cells[cell.name]
+        if cell.up.done() and not cell.up.exception() and not self.done.is_set() and not cell.name.startswith("$"):
+            packed = None if failure is None else pack_error(failure)
+            node.cast("$root", "actor_ended", (cell.name, cell.incarnation, packed), {})
+
+    @message(concurrent=True, lane=Lane.SYSTEM, deadline_s=120.0)
+    async def spawn(self, name: str, incarnation: int, class_path: str, config: dict[str, Any]) -> None:
+        """Starts an actor; returns when its `start` has. Raises what `start` raised."""
+        node = self._require_node()
+        actor = load_actor(class_path)(**config)
+        await self.host(node, actor, name, incarnation).up
+
+    @message(concurrent=True, lane=Lane.SYSTEM)
+    async def stop_actor(self, name: str) -> None:
+        """Asks an actor to stop and waits a bounded time; then cancels it."""
+        node, task = self._require_node(), self._cells.pop(name, None)
+        if task is None or task.done():
+            return
+        if name in node.cells:
+            node.cells[name].close()
+        _, late = await asyncio.wait([task], timeout=STOP_ACTOR_S)
+        if late:
+            task.cancel()
+            await asyncio.wait([task], timeout=STOP_ACTOR_S)
+
+    @message(lane=Lane.SYSTEM)
+    async def update(self, statuses: list[Status], addresses: dict[str, str], dead: dict[str, str]) -> None:
+        """Takes changes of the directory: actors, nodes to connect to, nodes that died and why."""
+        node = self._require_node()
+        for key, reason in dead.items():
+            node.peer_down(key, reason)
+        for key, address in addresses.items():
+            if key != node.key:
+                node.transport.connect(key, address)
+        for status in statuses:
+            node.directory.update(status)
+
+    @message(concurrent=True, lane=Lane.SYSTEM, deadline_s=10.0)
+    async def shutdown(self) -> None:
+        """Stops all actors, in parallel; the process ends after the answer."""
+        self.done.set()
+        await asyncio.gather(*(self.stop_actor(name) for name in list(self._cells) if not name.startswith("$")))
+
+    @message(concurrent=True, lane=Lane.SYSTEM)
+    async def waits(self) -> list[dict[str, Any]]:
+        """Who in this node waits for whom."""
+        return self._require_node().waits()
+
+    @message(concurrent=True, lane=Lane.SYSTEM)
+    async def dead_letters(self) -> list[dict[str, Any]]:
+        """The last messages that could not be delivered here."""
+        return list(self._require_node().dead_letters)
+
+    def _require_node(self) -> Node:
+        assert self._node is not None
+        return self._node
+
+
+def load_actor(class_path: str) -> type[Actor]:
+    """The class at `module:Class`. The path comes from the root's own configuration, never from a message of an actor."""
+    module, _, name = class_path.partition(":")
+    loaded = getattr(importlib.import_module(module), name)
+    assert isinstance(loaded, type) and issubclass(loaded, Actor), class_path
+    return loaded
+
+
+def agent_status(key: str, state: Any = "up") -> Status:
+    """The directory entry of a node's agent."""
+    name = key.partition("#")[0]
+    return Status(
+        name=f"$node@{name}", node=key, state=state, incarnation=int(key.partition("#")[2]),
+        class_name="NodeAgent", messages=specs_of(NodeAgent),
+    )  # fmt: skip
+
+
+async def serve(spec: dict[str, Any]) -> None:
+    """Runs a node until the root tells it to shut down."""
+    node = Node(spec["key"], spec["address"])
+    agent = NodeAgent()
+    await agent.host(node, agent, f"$node@{spec['name']}", spec["incarnation"]).up
+    node.transport.connect(spec["root_key"], spec["root_address"])
+    for status in spec["statuses"]:
+        node.directory.update(status)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, agent.done.set)
+    node.cast("$root", "hello", (spec["key"], os.getpid()), {})
+    await agent.done.wait()
+    await asyncio.sleep(0)
+    await node.close()
+
+
+def die_with(parent: int) -> None:
+    """Has the kernel kill this process when its launcher ends, however that happens."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def main() -> None:
+    spec = decode(sys.stdin.buffer.read())
+    die_with(spec["parent"])
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.path[:0] = [p for p in spec["path"] if p not in sys.path]
+    import uvloop
+
+    uvloop.run(serve(spec))
+    # Threads that still compute must not hold up the exit.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def pack_spec(**spec: Any) -> bytes:
+    """The spec that `main` reads."""
+    data, buffers = encode(spec)
+    assert not buffers
+    return data
+
+
+
+if __name__ == "__main__":
+    main()

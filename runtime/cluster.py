@@ -1,0 +1,315 @@
+"""The schema of cluster.toml: a run, its nodes, its actors, and tables that only the actors understand.
+
+    [run]             name, seed, directory
+    [nodes.NAME]      one process of its own: launcher, threads, env
+    [actors.NAME]     class = "module:Class", node, restart, max_restarts, window_s, backoff_s;
+                      every other key is a field of that class
+    [ANYTHING ELSE]   a table that the caller names together with a dataclass
+
+An actor field named like a table, and annotated with that table's dataclass, receives the table. All values are checked
+here; nothing is started, no file is written. Knows nothing of what the actors or the other tables are for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+import pydantic_core
+from annotated_types import Ge, Gt
+from pydantic import TypeAdapter, ValidationError
+
+from .actor import Actor
+from .codec import wire
+from .toml import Document, Keys, dump_value, nearest
+
+T = TypeVar("T")
+
+ROOT = "root"
+"""The node that is the launching process itself; it has no table."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@wire
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """Table `[run]`."""
+
+    name: str
+    """The run's files are in `directory`/`name`."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of every random choice of the run."""
+    directory: str = "runs"
+    """Where runs are kept, relative to the working directory."""
+
+    def __post_init__(self) -> None:
+        if not _RUN_NAME.fullmatch(self.name):
+            raise ValueError(f"name must be letters, digits, '.', '_', '-' (at most 100), got {dump_value(self.name)}")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.directory) / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSpec:
+    """Table `[nodes.NAME]`: one process that hosts actors."""
+
+    launcher: Literal["local"] = "local"
+    """What starts it."""
+    threads: Annotated[int, Ge(1)] = 1
+    """Threads that numeric libraries may use in this process."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Further environment variables; they win over `threads`."""
+
+    def environment(self) -> dict[str, str]:
+        """Variables that the process is started with, on top of the launcher's own."""
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        return {**dict.fromkeys(names, str(self.threads)), **self.env}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorSpec:
+    """Table `[actors.NAME]`: an actor, where it lives, and how it is supervised."""
+
+    name: str
+    class_path: str
+    """module:Class"""
+    node: str
+    instance: Actor
+    """The configured actor; `start` has not been called."""
+    restart: Literal["permanent", "transient", "temporary"] = "permanent"
+    """Restarted always / only after a failure / never."""
+    max_restarts: Annotated[int, Ge(0)] = 5
+    """Restarts within `window_s` beyond which its supervisor gives up."""
+    window_s: Annotated[float, Gt(0)] = 60.0
+    backoff_s: Annotated[float, Ge(0)] = 0.1
+    """Wait before the first restart; it doubles with each further one in the window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSpec:
+    """What is to be started."""
+
+    run: RunSpec
+    nodes: dict[str, NodeSpec]
+    """By name, without the root node."""
+    actors: dict[str, ActorSpec]
+
+    def actors_on(self, node: str) -> list[ActorSpec]:
+        """The actors of one node, in the order of the file."""
+        return [spec for spec in self.actors.values() if spec.node == node]
+
+
+_SUPERVISION = {f.name: f for f in fields(ActorSpec) if f.name not in ("name", "class_path", "instance")}
+_ACTOR_KEYS = ("class", *_SUPERVISION)
+
+
+def load_cluster(document: Document, tables: Mapping[str, type]) -> tuple[ClusterSpec, dict[str, Any]]:
+    """Builds everything that `document` describes; `tables` are the dataclasses of further top-level tables.
+
+    Returns the cluster and the further tables by name. Raises ConfigError for the first mistake.
+    """
+    known = ["run", "nodes", "actors", *tables]
+    for name, value in document.table.items():
+        if not isinstance(value, dict):
+            raise document.error((name,), "this key belongs into a table; " + f"tables are {', '.join(known)}")
+        if name not in known:
+            raise document.error((name,), f"unknown table{nearest(name, known, otherwise=_choices(known))}")
+    built = {name: build(document, (name,), cls) for name, cls in {"run": RunSpec, **tables}.items()}
+    run = built.pop("run")
+    nodes = {name: _node(document, name) for name in _names(document, "nodes")}
+    given = {"run": run, **built}
+    actors = {name: _actor(document, name, [ROOT, *nodes], given) for name in _names(document, "actors")}
+    if not actors:
+        raise document.error(("actors",), "there is no actor; add a table [actors.NAME] with a class")
+    return ClusterSpec(run=run, nodes=nodes, actors=actors), built
+
+
+def build(document: Document, keys: Keys, cls: type[T], given: Mapping[str, Any] | None = None) -> T:
+    """An instance of the dataclass `cls` from the table at `keys`; `given` are values of fields that are set elsewhere.
+
+    Raises ConfigError for unknown, missing and bad values, and for what `__post_init__` refuses with ValueError (a text
+    that begins with the name of a field is shown at that field).
+    """
+    return _build(document, keys, cls, _table(document, keys), given or {})
+
+
+def to_table(cluster: ClusterSpec, tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict that loads to an equal cluster and equal tables; every default is written out."""
+    shared = {"run": cluster.run, **tables}
+    actors = {}
+    for name, spec in cluster.actors.items():
+        own = {f.name for f in fields(cast(Any, spec.instance)) if f.init} - _given_to(type(spec.instance), shared).keys()
+        table = {"class": spec.class_path, **{key: getattr(spec, key) for key in _SUPERVISION}}
+        actors[name] = table | {key: _plain(getattr(spec.instance, key)) for key in own if key not in table}
+        actors[name] = dict(sorted(actors[name].items(), key=lambda item: item[0] not in table))
+    nodes = {name: _plain(spec) for name, spec in cluster.nodes.items()}
+    return {"run": _plain(cluster.run), "nodes": nodes, "actors": actors} | {n: _plain(t) for n, t in tables.items()}
+
+
+def _node(document: Document, name: str) -> NodeSpec:
+    if name == ROOT:
+        raise document.error(
+            ("nodes", ROOT), f'"{ROOT}" is the launching process itself and has no settings; remove the table'
+        )
+    return build(document, ("nodes", name), NodeSpec)
+
+
+def _actor(document: Document, name: str, nodes: list[str], shared: Mapping[str, Any]) -> ActorSpec:
+    keys = ("actors", name)
+    table = _table(document, keys)
+    cls = _actor_class(document, keys, table)
+    if clash := {f.name for f in fields(cast(Any, cls)) if f.init} & set(_ACTOR_KEYS):
+        raise document.error((*keys, "class"), f"{cls.__name__} has a field named {min(clash)!r}, which is a key of ours")
+    own = {key: value for key, value in table.items() if key not in _ACTOR_KEYS}
+    types = field_types(ActorSpec)
+    supervision = {
+        key: _convert(document, (*keys, key), types[key], table[key]) for key in _SUPERVISION if key in table
+    }
+    node = supervision.setdefault("node", name if name in nodes else ROOT)
+    if node not in nodes:
+        hint = nearest(node, nodes, otherwise=f"; add [nodes.{node}], or take one of {', '.join(nodes)}")
+        raise document.error((*keys, "node"), f"there is no node {dump_value(node)}{hint}")
+    instance = _build(document, keys, cls, own, _given_to(cls, shared), also_known=_ACTOR_KEYS)
+    return ActorSpec(name=name, class_path=table["class"], instance=instance, **supervision)
+
+
+def _actor_class(document: Document, keys: Keys, table: Mapping[str, Any]) -> type[Actor]:
+    path = table.get("class")
+    keys = (*keys, "class")
+    example = 'for example "headrace.actors.rollout:Rollout"'
+    if path is None:
+        raise document.error(keys, f"missing; name the actor's class as module:Class, {example}")
+    if not isinstance(path, str) or not re.fullmatch(r"[A-Za-z_][\w.]*\w:[A-Za-z_]\w*", path):
+        fixed = re.sub(r"\.(\w+)$", r":\1", path) if isinstance(path, str) else ""
+        hint = f'; did you mean "{fixed}"?' if ":" in fixed and fixed != path else f", {example}"
+        raise document.error(keys, f"must be module:Class, got {dump_value(path)}{hint}")
+    module_name, class_name = path.split(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise document.error(keys, f"{module_name} needs {error.name!r}, which is not installed") from None
+        raise document.error(keys, f"there is no module {error.name}{_nearest_module(error.name)}") from None
+    except (ImportError, SyntaxError) as error:
+        raise document.error(keys, f"{module_name} can't be imported: {error}") from None
+    cls = getattr(module, class_name, None)
+    actors = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Actor) and c is not Actor]
+    if cls is None:
+        hint = nearest(class_name, actors, otherwise=f"; its actors are {', '.join(actors)}" if actors else "")
+        raise document.error(keys, f"{module_name} has no class {class_name}{hint}")
+    if not (isinstance(cls, type) and issubclass(cls, Actor) and is_dataclass(cls)):
+        hint = nearest(class_name, actors, otherwise="; an actor is a dataclass derived from headrace.runtime.actor.Actor")
+        raise document.error(keys, f"{path} is no actor{hint}")
+    return cls
+
+
+def _nearest_module(missing: str) -> str:
+    parent, _, leaf = missing.rpartition(".")
+    package = importlib.util.find_spec(parent) if parent else None
+    folders = package.submodule_search_locations if package else None
+    names = [module.name for module in pkgutil.iter_modules(folders)] if folders else []
+    match = nearest(leaf, names)
+    return match.replace('"', f'"{parent}.', 1) if match else ""
+
+
+def _build(
+    document: Document,
+    keys: Keys,
+    cls: type[T],
+    table: Mapping[str, Any],
+    given: Mapping[str, Any],
+    also_known: Iterable[str] = (),
+) -> T:
+    accepted: dict[str, Field[Any]] = {f.name: f for f in fields(cast(Any, cls)) if f.init}
+    types = field_types(cls)
+    for key in table:
+        if key in given:
+            raise document.error((*keys, key), f"comes from the table [{key}]; set it there")
+        if key not in accepted:
+            known = [name for name in accepted if name not in given] + list(also_known)
+            raise document.error((*keys, key), f"unknown key{nearest(key, known, otherwise=_choices(known))}")
+    values = {key: _convert(document, (*keys, key), types[key], value) for key, value in table.items()}
+    for name, spec in accepted.items():
+        if name not in values and name not in given and spec.default is MISSING and spec.default_factory is MISSING:
+            raise document.error((*keys, name), "missing; this key has no default")
+    try:
+        return cls(**values, **given)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        at, text = ((*keys, name), rest) if name in accepted else (keys, str(error))
+        raise document.error(at, text) from None
+
+
+def _convert(document: Document, keys: Keys, hint: Any, value: Any) -> Any:
+    if isinstance(hint, type) and is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise document.error(keys, f"must be a table, got {dump_value(value)}")
+        return _build(document, keys, hint, value, {})
+    try:
+        # Strict JSON mode: no "5" for 5 and no 1 for true, but an array may become a tuple and 1 a float.
+        return TypeAdapter(hint).validate_json(pydantic_core.to_json(value), strict=True)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        item = "".join(f"[{part}]" for part in problems[0]["loc"] if isinstance(part, int))
+        got = problems[0]["input"] if item else value
+        rules = dict.fromkeys(p["msg"].replace("Input should be", "must be").split(", got")[0] for p in problems)
+        text = f"{' or '.join(rules)}, got {dump_value(got)}"
+        if isinstance(value, int | float) and "string" in text and keys in document.overrides:
+            text += f"; quote it: --set '{'.'.join(keys)}=\"{value}\"'"
+        raise document.error((*keys[:-1], keys[-1] + item), text) from None
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The annotation of each dataclass field, evaluated. Bases that are no dataclasses are left alone."""
+    types: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if "__dataclass_fields__" in vars(base):
+            types |= inspect.get_annotations(base, eval_str=True)
+    return types
+
+
+def _given_to(cls: type, shared: Mapping[str, Any]) -> dict[str, Any]:
+    types = field_types(cls)
+    return {name: value for name, value in shared.items() if types.get(name) is type(value)}
+
+
+def _table(document: Document, keys: Keys) -> dict[str, Any]:
+    value: Any = document.table
+    for key in keys:
+        value = value.get(key, {})
+    if not isinstance(value, dict):
+        raise document.error(keys, f"must be a table, got {dump_value(value)}")
+    return value
+
+
+def _names(document: Document, kind: str) -> list[str]:
+    names = list(_table(document, (kind,)))
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise document.error((kind, name), "a name is made of letters, digits, '_' and '-', at most 64 of them")
+    return names
+
+
+def _choices(known: Iterable[str]) -> str:
+    return f"; known are {', '.join(known)}"
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value

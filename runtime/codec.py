@@ -1,0 +1,178 @@
+"""What may travel between actors, and how it becomes bytes.
+
+A value is packed as msgpack; arrays of OUT_OF_BAND_BYTES and more are left out of the pack and travel as raw
+buffers beside it, never copied into it:
+
+    value -> (pack, [buffer, ...]) -> value
+
+Allowed: None, bool, int, float, str, bytes, list, tuple, dict, numpy arrays and scalars, and dataclasses marked
+`@wire`. Nothing else, and no pickle: bytes of a hostile peer can build plain values and marked dataclasses only.
+This module knows nothing of sockets, and imports nothing that a message names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import msgpack
+import numpy as np
+
+from .errors import CodecError
+
+Buffer = bytes | bytearray | memoryview
+
+OUT_OF_BAND_BYTES = 512
+"""Arrays at least this large travel as their own buffer."""
+
+MAX_DEPTH = 64
+"""Nesting of tuples and dataclasses that is still read."""
+
+_ARRAY, _DATACLASS, _TUPLE, _SCALAR = 1, 2, 3, 4
+_DTYPES = frozenset("|b1 |u1 |i1 <u2 <i2 <u4 <i4 <u8 <i8 <f2 <f4 <f8".split())
+
+T = TypeVar("T")
+_by_name: dict[str, type] = {}
+_schema: dict[type, tuple[str, int, tuple[str, ...]]] = {}
+
+
+def wire(cls: type[T]) -> type[T]:
+    """Lets a dataclass travel in messages. The name on the wire is `module:Class`; both ends must have imported it.
+
+    Apply it above `@dataclass`. Raises TypeError if `cls` is no dataclass.
+    """
+    if not dataclasses.is_dataclass(cls):
+        raise TypeError(f"@wire needs a dataclass: put it above @dataclass on {cls.__qualname__}")
+    name = f"{cls.__module__}:{cls.__qualname__}"
+    fields = tuple(f.name for f in dataclasses.fields(cls) if f.init)
+    _by_name[name] = cls
+    _schema[cls] = (name, zlib.crc32(",".join(fields).encode()), fields)
+    return cls
+
+
+def encode(value: object) -> tuple[bytes, list[Buffer]]:
+    """Packs `value`; returns the pack and the buffers that travel beside it, in order.
+
+    Raises CodecError naming the path of what can't travel. Arrays must not be changed until they are sent.
+    """
+    buffers: list[Buffer] = []
+
+    def pack(item: object) -> bytes:
+        packed: bytes = msgpack.packb(item, default=default, strict_types=True)
+        return packed
+
+    def default(item: object) -> Any:
+        if isinstance(item, np.ndarray):
+            return msgpack.ExtType(_ARRAY, _pack_array(item, buffers))
+        schema = _schema.get(type(item))
+        if schema is not None:
+            name, crc, fields = schema
+            values = []
+            for field in fields:
+                try:
+                    values.append(pack(getattr(item, field)))
+                except CodecError as error:
+                    raise CodecError(f"{type(item).__name__}.{field}: {error}") from None
+            head = pack([name, crc])
+            return msgpack.ExtType(_DATACLASS, head + b"".join(values))
+        if isinstance(item, tuple):
+            return msgpack.ExtType(_TUPLE, pack(list(item)))
+        if isinstance(item, np.generic) and item.dtype.str in _DTYPES:
+            return msgpack.ExtType(_SCALAR, item.dtype.str.encode() + item.tobytes())
+        raise CodecError(
+            f"{type(item).__module__}.{type(item).__qualname__} can't travel in a message; "
+            "send numpy arrays, plain values or a dataclass marked @wire"
+        )
+
+    try:
+        return pack(value), buffers
+    except (OverflowError, ValueError, TypeError) as error:
+        raise CodecError(f"{type(value).__name__} can't travel in a message: {error}") from None
+
+
+def decode(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
+    """Builds the value of `encode`. Arrays share memory with `buffers` and are read-only.
+
+    Raises CodecError for anything that `encode` did not write: truncated, unknown types, bad shapes.
+    """
+    depth = 0
+
+    def unpack(packed: Buffer) -> Any:
+        return msgpack.unpackb(packed, ext_hook=ext, strict_map_key=False)
+
+    def ext(code: int, payload: bytes) -> Any:
+        nonlocal depth
+        depth += 1
+        try:
+            if depth > MAX_DEPTH:
+                raise CodecError(f"message nested deeper than {MAX_DEPTH}")
+            if code == _ARRAY:
+                return _unpack_array(payload, buffers)
+            if code == _TUPLE:
+                return tuple(unpack(payload))
+            if code == _SCALAR:
+                return _unpack_scalar(payload)
+            if code == _DATACLASS:
+                return _unpack_dataclass(payload, ext)
+        finally:
+            depth -= 1
+        raise CodecError(f"unknown extension type {code}")
+
+    try:
+        return unpack(data)
+    except CodecError:
+        raise
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException, UnicodeDecodeError, RecursionError) as error:
+        raise CodecError(f"malformed message: {error}") from None
+
+
+def _pack_array(array: np.ndarray, buffers: list[Buffer]) -> bytes:
+    dtype = array.dtype.str
+    if dtype not in _DTYPES:
+        raise CodecError(f"arrays of dtype {array.dtype} can't travel; allowed: {', '.join(sorted(_DTYPES))}")
+    array = np.ascontiguousarray(array) if not array.flags.c_contiguous else array
+    if array.nbytes < OUT_OF_BAND_BYTES:
+        return bytes(msgpack.packb([dtype, list(array.shape), array.tobytes()]))
+    buffers.append(memoryview(array).cast("B"))
+    return bytes(msgpack.packb([dtype, list(array.shape), len(buffers) - 1]))
+
+
+def _unpack_array(payload: bytes, buffers: Sequence[Buffer]) -> np.ndarray:
+    dtype, shape, data = msgpack.unpackb(payload)
+    if dtype not in _DTYPES:
+        raise CodecError(f"array dtype {dtype!r} is not allowed")
+    if any(type(n) is not int or n < 0 for n in shape):
+        raise CodecError(f"array shape {shape!r} is not allowed")
+    if type(data) is int:
+        if not 0 <= data < len(buffers):
+            raise CodecError(f"buffer {data} of {len(buffers)} is missing")
+        data = buffers[data]
+    itemsize = np.dtype(dtype).itemsize
+    if memoryview(data).nbytes != itemsize * math.prod(shape):
+        raise CodecError(f"array of {dtype} {shape} has {memoryview(data).nbytes} bytes")
+    array = np.frombuffer(data, dtype=dtype).reshape(shape)
+    array.flags.writeable = False
+    return array
+
+
+def _unpack_scalar(payload: bytes) -> Any:
+    dtype = payload[:3].decode("ascii")
+    if dtype not in _DTYPES or len(payload) != 3 + np.dtype(dtype).itemsize:
+        raise CodecError(f"scalar of dtype {dtype!r} is not allowed")
+    return np.frombuffer(payload, dtype=dtype, offset=3)[0]
+
+
+def _unpack_dataclass(payload: bytes, ext: Any) -> Any:
+    unpacker = msgpack.Unpacker(ext_hook=ext, strict_map_key=False, max_buffer_size=0)
+    unpacker.feed(payload)
+    (name, crc), *values = list(unpacker)
+    cls = _by_name.get(name)
+    if cls is None:
+        raise CodecError(f"unknown type {name!r}: it is not marked @wire, or this process has not imported it")
+    _, own_crc, fields = _schema[cls]
+    if crc != own_crc or len(values) != len(fields):
+        raise CodecError(f"{name} has other fields at the sender: both ends must run the same version")
+    return cls(**dict(zip(fields, values, strict=True)))

@@ -1,0 +1,98 @@
+"""Who lives where: every node's copy of the system's actor table. The root writes it; changes are broadcast.
+
+    starting -> up -> down -> starting -> up ...       a restart: calls made meanwhile wait for the next `up`
+                 '--> stopped                          for good: calls raise ActorDied
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .codec import wire
+from .errors import ActorDied, UnknownActor, UnknownMessage
+from .mailbox import Lane
+
+
+@wire
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Status:
+    """What is known of one actor."""
+
+    name: str
+    node: str
+    """Key (`name#incarnation`) of the node that hosts it."""
+    state: Literal["starting", "up", "down", "stopped"]
+    incarnation: int
+    """1 for the first start, one higher at every restart."""
+    reason: str = ""
+    """Why it is down or stopped."""
+    class_name: str = ""
+    messages: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Lane and default deadline in seconds of each @message."""
+
+    def message(self, method: str) -> tuple[Lane, float]:
+        """How a message to it travels. Raises UnknownMessage, with those it has."""
+        spec = self.messages.get(method)
+        if spec is None:
+            known = ", ".join(sorted(self.messages)) or "none"
+            raise UnknownMessage(f"{self.name} ({self.class_name}) has no @message {method!r}; it has: {known}")
+        return Lane(spec[0]), spec[1]
+
+
+class Directory:
+    """The table, with waiting and watching."""
+
+    def __init__(self) -> None:
+        self._table: dict[str, Status] = {}
+        self._changed = asyncio.Event()
+
+    def all(self) -> list[Status]:
+        return list(self._table.values())
+
+    def update(self, status: Status) -> None:
+        """Takes a change unless it is older than what is known: a dead incarnation never comes back."""
+        known = self._table.get(status.name)
+        if known is not None and status.incarnation < known.incarnation:
+            return
+        self._table[status.name] = status
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def get(self, name: str) -> Status:
+        """Raises UnknownActor, with the nearest names."""
+        status = self._table.get(name)
+        if status is None:
+            near = difflib.get_close_matches(name, self._table)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(self._table)) or 'none'}"
+            raise UnknownActor(f"no actor named {name!r}{hint}")
+        return status
+
+    def ready(self, name: str) -> Status | None:
+        """The status if messages can be sent now, None if it is worth waiting. Raises UnknownActor, ActorDied."""
+        status = self.get(name)
+        if status.state == "stopped":
+            raise ActorDied(f"{name} has stopped for good: {status.reason or 'orderly stop'}")
+        return status if status.state == "up" else None
+
+    async def when_up(self, name: str) -> Status:
+        """Waits until the actor is up. Raises UnknownActor, ActorDied."""
+        while (status := self.ready(name)) is None:
+            await self._changed.wait()
+        return status
+
+    async def watch(self, name: str) -> AsyncIterator[Status]:
+        """The present status, then later ones. Changes that follow each other at once may be seen as one: compare
+        incarnations, not states."""
+        last = None
+        while True:
+            changed = self._changed
+            status = self._table.get(name)
+            if status is not None and status != last:
+                last = status
+                yield status
+            else:
+                await changed.wait()

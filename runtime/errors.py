@@ -1,0 +1,86 @@
+"""Every error of the runtime: who raises it, and what to do.
+
+All derive from RuntimeFault. Each survives the wire (`name`, `message`) and pickling.
+"""
+
+from __future__ import annotations
+
+
+class RuntimeFault(Exception):
+    """Base of all errors below."""
+
+
+class CodecError(RuntimeFault):
+    """A value can't travel in a message, or bytes are no message. Raised by the sender's `encode` or by `decode`."""
+
+
+class ActorDied(RuntimeFault):
+    """The actor (or its node) died while your call was with it; whether it ran is unknown. Ask again if it may run twice:
+    the same ref reaches the next incarnation."""
+
+
+class UnknownActor(RuntimeFault):
+    """No actor of that name. The text lists the nearest names."""
+
+
+class UnknownMessage(RuntimeFault):
+    """The actor has no @message of that name. The text lists those it has."""
+
+
+class MailboxFull(RuntimeFault):
+    """A cast found the mailbox full, or a call could not be queued. Slow down, or use a call, which waits."""
+
+
+class DeadlineExceeded(RuntimeFault, TimeoutError):
+    """A call was not answered in time; the callee has been told to stop. The text says who waited for whom."""
+
+
+class RemoteError(RuntimeFault):
+    """A message raised in another actor. `remote_type` and `remote_traceback` say what and where."""
+
+    def __init__(self, message: str, remote_type: str = "", remote_traceback: str = "") -> None:
+        super().__init__(message, remote_type, remote_traceback)
+        self.remote_type = remote_type
+        self.remote_traceback = remote_traceback
+
+    def __str__(self) -> str:
+        where = f"\n\nTraceback in the actor:\n{self.remote_traceback}" if self.remote_traceback else ""
+        return f"{self.args[0]}{where}"
+
+
+class RestartBudgetExceeded(RuntimeFault):
+    """A child failed more often than its supervisor allows; the failure climbs to the parent."""
+
+
+class StaleIncarnation(RuntimeFault):
+    """A message or memory of an earlier incarnation was refused. Look the actor up again."""
+
+
+class LaunchError(RuntimeFault):
+    """A node could not be started: the text holds the command, its exit and the end of its log."""
+
+
+class LeaseLost(RuntimeFault):
+    """A lease expired or was given back, so its entries may be with someone else. Raised by the sample pool on ack and
+    renew: throw away what was computed from them and lease again."""
+
+
+class PoolFull(RuntimeFault):
+    """The sample pool has no place for an unannounced entry. `Pool.put` raises it; the actor waits instead."""
+
+
+class JournalError(RuntimeFault):
+    """A journal can't be written (full disk), read (damaged) or is in use. The text says which, and what to do; what was
+    in it is kept."""
+
+
+class CorruptWeights(RuntimeFault):
+    """Published weights don't match their checksums or their manifest. Raised by a receiver: ask for them again."""
+
+
+class BadWeights(RuntimeFault):
+    """A publisher refused weights: not finite, or of a dtype that can't travel. The version before stays published."""
+
+
+class ExchangeFull(RuntimeFault):
+    """There is not enough memory to publish weights. The version before stays published."""

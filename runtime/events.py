@@ -1,0 +1,36 @@
+"""events.jsonl: one line per thing that happened to the system (starts, deaths, restarts, swaps, drops)."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+Event = dict[str, Any]
+
+
+class EventLog:
+    """Appends events to a file, keeps the last ones, tells listeners. One line is one write, so readers never see half."""
+
+    def __init__(self, path: Path | None, *, keep: int = 200) -> None:
+        self._file = path.open("ab", buffering=0) if path is not None else None
+        self.recent: deque[Event] = deque(maxlen=keep)
+        self.listeners: list[Callable[[Event], None]] = []
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Writes `{"time": unix seconds, "event": event, **fields}`."""
+        line: Event = {"time": round(time.time(), 3), "event": event, **fields}
+        self.recent.append(line)
+        if self._file is not None:
+            self._file.write(orjson.dumps(line, default=str) + b"\n")
+        for listener in self.listeners:
+            listener(line)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
