@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -50,6 +50,15 @@ class Verdict:
     """Empty, or why no verdict could be reached."""
 
 
+class Piece(Protocol):
+    """What a rollout engine hands out: tokens of one version (see rollout.requests.Chunk)."""
+
+    version: int
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finish: Finish
+
+
 @wire
 @dataclass(kw_only=True, slots=True)
 class Trajectory:
@@ -62,6 +71,19 @@ class Trajectory:
     verdict: Verdict | None = None
     reward: float = 0.0
     """Shaped reward; meaningful only when `verdict` is present and has no error."""
+
+    def append(self, piece: Piece) -> None:
+        """Takes the next tokens of the response, in order; they join the last segment if the version is the same."""
+        assert not self.finish, f"member {self.member} has ended"
+        self.finish = piece.finish
+        if not len(piece.tokens):
+            return
+        last = self.segments[-1] if self.segments else None
+        if last is not None and last.version == piece.version:
+            last.tokens = np.concatenate([last.tokens, piece.tokens])
+            last.logprobs = np.concatenate([last.logprobs, piece.logprobs])
+        else:
+            self.segments.append(Segment(version=piece.version, tokens=piece.tokens, logprobs=piece.logprobs))
 
     def tokens(self) -> np.ndarray:
         """All response tokens, int32 [n]."""

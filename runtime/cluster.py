@@ -2,7 +2,7 @@
 
     [run]             name, seed, directory
     [nodes.NAME]      one process of its own: launcher, threads, env
-    [actors.NAME]     class = "module:Class", node, restart, max_restarts, window_s, backoff_s;
+    [actors.NAME]     class = "module:Class", node, restart, max_restarts, window_s, ...;
                       every other key is a field of that class
     [ANYTHING ELSE]   a table that the caller names together with a dataclass
 
@@ -17,17 +17,19 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import pydantic_core
-from annotated_types import Ge, Gt
+from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 
 from .actor import Actor
-from .codec import wire
+from .launcher import NodeSpec
+from .rundir import RunSpec
+from .supervisor import RestartPolicy
 from .toml import Document, Keys, dump_value, nearest
 
 T = TypeVar("T")
@@ -36,32 +38,10 @@ ROOT = "root"
 """The node that is the launching process itself; it has no table."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-@wire
-@dataclass(frozen=True, kw_only=True)
-class RunSpec:
-    """Table `[run]`."""
-
-    name: str
-    """The run's files are in `directory`/`name`."""
-    seed: Annotated[int, Ge(0)] = 0
-    """Seed of every random choice of the run."""
-    directory: str = "runs"
-    """Where runs are kept, relative to the working directory."""
-
-    def __post_init__(self) -> None:
-        if not _RUN_NAME.fullmatch(self.name):
-            raise ValueError(f"name must be letters, digits, '.', '_', '-' (at most 100), got {dump_value(self.name)}")
-
-    @property
-    def path(self) -> Path:
-        return Path(self.directory) / self.name
 
 
 @dataclass(frozen=True, kw_only=True)
-class NodeSpec:
+class NodeSettings:
     """Table `[nodes.NAME]`: one process that hosts actors."""
 
     launcher: Literal["local"] = "local"
@@ -71,10 +51,10 @@ class NodeSpec:
     env: dict[str, str] = field(default_factory=dict)
     """Further environment variables; they win over `threads`."""
 
-    def environment(self) -> dict[str, str]:
-        """Variables that the process is started with, on top of the launcher's own."""
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        return {**dict.fromkeys(names, str(self.threads)), **self.env}
+    def spec(self, name: str) -> NodeSpec:
+        """What the launcher needs to start it."""
+        limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self.threads))
+        return NodeSpec(name=name, env={**limits, **self.env})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +65,9 @@ class ActorSpec:
     class_path: str
     """module:Class"""
     node: str
+    policy: RestartPolicy
     instance: Actor
     """The configured actor; `start` has not been called."""
-    restart: Literal["permanent", "transient", "temporary"] = "permanent"
-    """Restarted always / only after a failure / never."""
-    max_restarts: Annotated[int, Ge(0)] = 5
-    """Restarts within `window_s` beyond which its supervisor gives up."""
-    window_s: Annotated[float, Gt(0)] = 60.0
-    backoff_s: Annotated[float, Ge(0)] = 0.1
-    """Wait before the first restart; it doubles with each further one in the window."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +75,7 @@ class ClusterSpec:
     """What is to be started."""
 
     run: RunSpec
-    nodes: dict[str, NodeSpec]
+    nodes: dict[str, NodeSettings]
     """By name, without the root node."""
     actors: dict[str, ActorSpec]
 
@@ -110,8 +84,8 @@ class ClusterSpec:
         return [spec for spec in self.actors.values() if spec.node == node]
 
 
-_SUPERVISION = {f.name: f for f in fields(ActorSpec) if f.name not in ("name", "class_path", "instance")}
-_ACTOR_KEYS = ("class", *_SUPERVISION)
+_POLICY_KEYS = tuple(f.name for f in fields(RestartPolicy))
+_ACTOR_KEYS = ("class", "node", *_POLICY_KEYS)
 
 
 def load_cluster(document: Document, tables: Mapping[str, type]) -> tuple[ClusterSpec, dict[str, Any]]:
@@ -125,7 +99,7 @@ def load_cluster(document: Document, tables: Mapping[str, type]) -> tuple[Cluste
             raise document.error((name,), "this key belongs into a table; " + f"tables are {', '.join(known)}")
         if name not in known:
             raise document.error((name,), f"unknown table{nearest(name, known, otherwise=_choices(known))}")
-    built = {name: build(document, (name,), cls) for name, cls in {"run": RunSpec, **tables}.items()}
+    built: dict[str, Any] = {name: build(document, (name,), cls) for name, cls in {"run": RunSpec, **tables}.items()}
     run = built.pop("run")
     nodes = {name: _node(document, name) for name in _names(document, "nodes")}
     given = {"run": run, **built}
@@ -149,20 +123,19 @@ def to_table(cluster: ClusterSpec, tables: Mapping[str, Any]) -> dict[str, Any]:
     shared = {"run": cluster.run, **tables}
     actors = {}
     for name, spec in cluster.actors.items():
-        own = {f.name for f in fields(cast(Any, spec.instance)) if f.init} - _given_to(type(spec.instance), shared).keys()
-        table = {"class": spec.class_path, **{key: getattr(spec, key) for key in _SUPERVISION}}
-        actors[name] = table | {key: _plain(getattr(spec.instance, key)) for key in own if key not in table}
-        actors[name] = dict(sorted(actors[name].items(), key=lambda item: item[0] not in table))
+        given = _given_to(type(spec.instance), shared)
+        own = {key: value for key, value in _plain(spec.instance).items() if key not in given}
+        actors[name] = {"class": spec.class_path, "node": spec.node, **_plain(spec.policy), **own}
     nodes = {name: _plain(spec) for name, spec in cluster.nodes.items()}
     return {"run": _plain(cluster.run), "nodes": nodes, "actors": actors} | {n: _plain(t) for n, t in tables.items()}
 
 
-def _node(document: Document, name: str) -> NodeSpec:
+def _node(document: Document, name: str) -> NodeSettings:
     if name == ROOT:
         raise document.error(
             ("nodes", ROOT), f'"{ROOT}" is the launching process itself and has no settings; remove the table'
         )
-    return build(document, ("nodes", name), NodeSpec)
+    return build(document, ("nodes", name), NodeSettings)
 
 
 def _actor(document: Document, name: str, nodes: list[str], shared: Mapping[str, Any]) -> ActorSpec:
@@ -170,18 +143,16 @@ def _actor(document: Document, name: str, nodes: list[str], shared: Mapping[str,
     table = _table(document, keys)
     cls = _actor_class(document, keys, table)
     if clash := {f.name for f in fields(cast(Any, cls)) if f.init} & set(_ACTOR_KEYS):
-        raise document.error((*keys, "class"), f"{cls.__name__} has a field named {min(clash)!r}, which is a key of ours")
-    own = {key: value for key, value in table.items() if key not in _ACTOR_KEYS}
-    types = field_types(ActorSpec)
-    supervision = {
-        key: _convert(document, (*keys, key), types[key], table[key]) for key in _SUPERVISION if key in table
-    }
-    node = supervision.setdefault("node", name if name in nodes else ROOT)
+        raise document.error((*keys, "class"), f"{cls.__name__} has a field {min(clash)!r}, a key of supervision")
+    policy_table = {key: value for key, value in table.items() if key in _POLICY_KEYS}
+    policy = _build(document, keys, RestartPolicy, policy_table, {})
+    node = _convert(document, (*keys, "node"), str, table.get("node", name if name in nodes else ROOT))
     if node not in nodes:
         hint = nearest(node, nodes, otherwise=f"; add [nodes.{node}], or take one of {', '.join(nodes)}")
         raise document.error((*keys, "node"), f"there is no node {dump_value(node)}{hint}")
+    own = {key: value for key, value in table.items() if key not in _ACTOR_KEYS}
     instance = _build(document, keys, cls, own, _given_to(cls, shared), also_known=_ACTOR_KEYS)
-    return ActorSpec(name=name, class_path=table["class"], instance=instance, **supervision)
+    return ActorSpec(name=name, class_path=table["class"], node=node, policy=policy, instance=instance)
 
 
 def _actor_class(document: Document, keys: Keys, table: Mapping[str, Any]) -> type[Actor]:
@@ -204,14 +175,18 @@ def _actor_class(document: Document, keys: Keys, table: Mapping[str, Any]) -> ty
     except (ImportError, SyntaxError) as error:
         raise document.error(keys, f"{module_name} can't be imported: {error}") from None
     cls = getattr(module, class_name, None)
-    actors = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Actor) and c is not Actor]
+    actors = [name for name, value in vars(module).items() if _is_actor(value)]
     if cls is None:
         hint = nearest(class_name, actors, otherwise=f"; its actors are {', '.join(actors)}" if actors else "")
         raise document.error(keys, f"{module_name} has no class {class_name}{hint}")
-    if not (isinstance(cls, type) and issubclass(cls, Actor) and is_dataclass(cls)):
-        hint = nearest(class_name, actors, otherwise="; an actor is a dataclass derived from headrace.runtime.actor.Actor")
+    if not _is_actor(cls):
+        hint = nearest(class_name, actors, otherwise="; an actor is a dataclass derived from headrace.runtime.Actor")
         raise document.error(keys, f"{path} is no actor{hint}")
-    return cls
+    return cast("type[Actor]", cls)
+
+
+def _is_actor(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Actor) and is_dataclass(value)
 
 
 def _nearest_module(missing: str) -> str:
@@ -219,6 +194,7 @@ def _nearest_module(missing: str) -> str:
     package = importlib.util.find_spec(parent) if parent else None
     folders = package.submodule_search_locations if package else None
     names = [module.name for module in pkgutil.iter_modules(folders)] if folders else []
+    names += [name.removeprefix(f"{parent}.") for name in sys.modules if name.rpartition(".")[0] == parent]
     match = nearest(leaf, names)
     return match.replace('"', f'"{parent}.', 1) if match else ""
 
@@ -260,14 +236,17 @@ def _convert(document: Document, keys: Keys, hint: Any, value: Any) -> Any:
         # Strict JSON mode: no "5" for 5 and no 1 for true, but an array may become a tuple and 1 a float.
         return TypeAdapter(hint).validate_json(pydantic_core.to_json(value), strict=True)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        item = "".join(f"[{part}]" for part in problems[0]["loc"] if isinstance(part, int))
-        got = problems[0]["input"] if item else value
+        problems, element = error.errors(include_url=False), ""
+        for part in problems[0]["loc"]:
+            if isinstance(value, dict) and part in value:
+                keys, value = (*keys, str(part)), value[part]
+            elif isinstance(value, list) and isinstance(part, int):
+                element, value = f"element {part} ", value[part]
         rules = dict.fromkeys(p["msg"].replace("Input should be", "must be").split(", got")[0] for p in problems)
-        text = f"{' or '.join(rules)}, got {dump_value(got)}"
+        text = f"{element}{' or '.join(rules)}, got {dump_value(value)}"
         if isinstance(value, int | float) and "string" in text and keys in document.overrides:
             text += f"; quote it: --set '{'.'.join(keys)}=\"{value}\"'"
-        raise document.error((*keys[:-1], keys[-1] + item), text) from None
+        raise document.error(keys, text) from None
 
 
 def field_types(cls: type) -> dict[str, Any]:

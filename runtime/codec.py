@@ -129,6 +129,21 @@ def decode(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
         raise CodecError(f"malformed message: {error}") from None
 
 
+def dumps(value: object) -> bytes:
+    """Packs `value` and its buffers as one block, for files. Raises CodecError."""
+    pack, buffers = encode(value)
+    return bytes(msgpack.packb([pack, *map(bytes, buffers)]))
+
+
+def loads(data: bytes) -> Any:
+    """The value of `dumps`. Raises CodecError."""
+    try:
+        pack, *buffers = msgpack.unpackb(data)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+        raise CodecError(f"malformed block: {error}") from None
+    return decode(pack, buffers)
+
+
 def _pack_array(array: np.ndarray, buffers: list[Buffer]) -> bytes:
     dtype = array.dtype.str
     if dtype not in _DTYPES:

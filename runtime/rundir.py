@@ -7,20 +7,48 @@
     config.toml metrics.jsonl events.jsonl summary.json checkpoints/ journal/ logs/ lock
 
 The claim is a flock on `lock`: the kernel frees it when the process dies, however it dies. A run is finished when its
-summary.json says `"ok": true`; with a config.toml and no such summary it was interrupted. Knows nothing of what the run does.
+summary.json says `"ok": true`; with a config.toml and no such summary it was interrupted. Knows nothing of what the run
+does.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
+from annotated_types import Ge
 
-from .toml import ConfigError
+from .codec import wire
+from .toml import ConfigError, dump_value
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@wire
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """Table `[run]`."""
+
+    name: str
+    """The run's files are in `directory`/`name`."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of every random choice of the run."""
+    directory: str = "runs"
+    """Where runs are kept, relative to the working directory."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"name must be letters, digits, '.', '_', '-' (at most 100), got {dump_value(self.name)}")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.directory) / self.name
 
 
 class RunDirectory:
@@ -60,7 +88,10 @@ class RunDirectory:
 
     @classmethod
     def resume(cls, path: Path) -> RunDirectory:
-        """Claims the directory of an interrupted run. Raises ConfigError if it is in use, finished or was never started."""
+        """Claims the directory of an interrupted run.
+
+        Raises ConfigError if it is in use, finished or was never started.
+        """
         if not (path / "config.toml").is_file():
             raise ConfigError(f"{path}: there is no run to resume{_other_runs(path)}; to start one, leave --resume out")
         lock = _claim(path, make=False)

@@ -183,12 +183,11 @@ class System:
             raise
         return self.find(name)
 
-    async def declare(self, name: str, actor: type[Actor], node: str) -> None:
+    def declare(self, name: str, kind: type[Actor]) -> None:
         """Makes a name known before its actor is spawned: calls to it wait for it instead of failing."""
-        status = Status(
-            name=name, node="", state="starting", incarnation=0, class_name=actor.__name__, messages=specs_of(actor)
+        self._publish(
+            Status(name=name, node="", state="starting", incarnation=0, class_name=kind.__name__, messages=specs_of(kind))
         )
-        self._publish(status)
 
     async def stop(self, reason: str = "orderly stop") -> None:
         """Stops all nodes, in parallel: asks, waits a bounded time, terminates, kills. Safe to call twice."""

@@ -26,17 +26,22 @@ Keys = tuple[str, ...]
 
 _KEY = r"""(?:[A-Za-z0-9_-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*')"""
 _KEYS = rf"{_KEY}(?:[ \t]*\.[ \t]*{_KEY})*"
-_STATEMENT = re.compile(rf"(?:\s|\#[^\n]*+)*+(?:\[{{1,2}}[ \t]*(?P<table>{_KEYS})[ \t]*\]{{1,2}}|(?P<key>{_KEYS})[ \t]*=)")
+_STATEMENT = re.compile(
+    rf"(?:\s|\#[^\n]*+)*+(?:\[{{1,2}}[ \t]*(?P<table>{_KEYS})[ \t]*\]{{1,2}}|(?P<key>{_KEYS})[ \t]*=)"
+)
 _VALUE_PART = re.compile(
-    r'''"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*|(?P<open>[\[{])|(?P<close>[\]}])|\n|[^\[\]{}"'\#\n]+''',
-    re.DOTALL,
+    r'''
+    """(?:\\.|[^\\])*?"{3,5} | \'\'\'.*?\'{3,5} | "(?:\\.|[^"\\\n])*" | '[^'\n]*'   # strings
+    | \#[^\n]* | (?P<open>[\[{]) | (?P<close>[\]}]) | \n | [^\[\]{}"'\#\n]+
+    ''',
+    re.DOTALL | re.VERBOSE,
 )
 _ESCAPED = re.compile(r"""[\\"\x00-\x1f\x7f]""")
 _POSITION = re.compile(r" \(at line (\d+), column (\d+)\)$")
 
 
 class ConfigError(ValueError):
-    """What the user wrote or asked for can't be. The text is the whole message; a command prints it and exits with 2."""
+    """What the user wrote or asked for can't be. The text is the whole message; commands print it and exit with 2."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,7 @@ def _nearest_file(path: Path) -> str:
 
 def _override(document: Document, argument: str) -> None:
     if not argument.isprintable():
-        raise ConfigError(f"--set {ascii(argument)}: has characters that can't be printed; write plain UTF-8 text")
+        raise ConfigError(f"--set {argument!a}: has characters that can't be printed; write plain UTF-8 text")
     left, equals, right = argument.partition("=")
     keys = split_keys(left)
     if not equals or keys is None:

@@ -1,4 +1,4 @@
-"""The `[evaluation]` table: the fixed problems that every stage is judged by. Knows nothing of how they are answered."""
+"""The `[evaluation]` table: the fixed problems that judge every stage. Knows nothing of how they are answered."""
 
 from __future__ import annotations
 

@@ -5,13 +5,13 @@
 What differs between training and generation is only how queries meet keys, so that is an argument (`Attend`).
 Shapes: T tokens (of any sequences), d width, H query heads, G key/value heads, D head width, E experts, f their width.
 Queries and keys are kept with the two halves of each head interleaved (see `fuse`), so that a rotation is one
-complex product; products of queries and keys do not notice.
+complex product; products of queries and keys do not notice. The weights of a norm are folded into the matrices after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,20 +27,16 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class LayerWeights(NamedTuple):
     """Weights of one layer in the form that computing wants."""
 
-    input_norm: Tensor
-    """[d]"""
     qkv: Tensor
-    """[(H + 2G) D, d]: queries and keys interleaved, then values"""
+    """[(H + 2G) D, d]: queries and keys interleaved, then values; times the norm before attention"""
     qk_norm: Tensor
     """[H + G, D]: the norm of queries for H heads, of keys for G, interleaved"""
     out: Tensor
     """[d, H D]"""
-    post_norm: Tensor
-    """[d]"""
     gate: Tensor
-    """[E, d]"""
+    """[E, d], times the norm before the experts"""
     gate_up: Tensor
-    """[E, 2f, d]"""
+    """[E, 2f, d], times the norm before the experts"""
     down: Tensor
     """[E, d, f]"""
 
@@ -49,15 +45,14 @@ def fuse(config: ModelConfig, tensor: Callable[[str], Tensor]) -> LayerWeights:
     """Puts the weights of a layer, found by their Hugging Face names in it, in the form of LayerWeights; differentiable."""
     heads, kv_heads = config.num_heads, config.num_kv_heads
     q, k, v = (tensor(f"self_attn.{name}_proj.weight") for name in "qkv")
-    q_norm, k_norm = (tensor(f"self_attn.{name}_norm.weight") for name in "qk")
+    q_norm, k_norm = (_interleave(tensor(f"self_attn.{name}_norm.weight"), 1) for name in "qk")
+    pre_attention, pre_experts = tensor("input_layernorm.weight"), tensor("post_attention_layernorm.weight")
     return LayerWeights(
-        input_norm=tensor("input_layernorm.weight"),
-        qkv=torch.cat((_interleave(q, heads), _interleave(k, kv_heads), v)),
-        qk_norm=torch.cat((_interleave(q_norm, 1).expand(heads, -1), _interleave(k_norm, 1).expand(kv_heads, -1))),
+        qkv=torch.cat((_interleave(q, heads), _interleave(k, kv_heads), v)) * pre_attention,
+        qk_norm=torch.cat((q_norm.expand(heads, -1), k_norm.expand(kv_heads, -1))),
         out=tensor("self_attn.o_proj.weight"),
-        post_norm=tensor("post_attention_layernorm.weight"),
-        gate=tensor("mlp.gate.weight"),
-        gate_up=tensor("mlp.experts.gate_up_proj"),
+        gate=tensor("mlp.gate.weight") * pre_experts,
+        gate_up=tensor("mlp.experts.gate_up_proj") * pre_experts,
         down=tensor("mlp.experts.down_proj"),
     )
 
@@ -73,22 +68,46 @@ def rotations(config: ModelConfig) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / root mean square over the last dimension, times weight."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+def unit_rms(x: Tensor, eps: float) -> Tensor:
+    """x / root mean square over the last dimension."""
+    return _UnitRms.apply(x, eps) if torch.is_grad_enabled() else _unit_rms(x, eps)[0]
 
 
-def block(config: ModelConfig, layer: int, x: Tensor, w: LayerWeights, turn: Tensor, attend: Attend) -> tuple[Tensor, Gate, Rows]:
+def _unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return x * scale, scale
+
+
+class _UnitRms(torch.autograd.Function):
+    """Gradient by hand: half as many passes over memory as autograd makes of the formula."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        y, scale = _unit_rms(x, eps)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,), (y, scale) = grads, ctx.saved_tensors
+        along = (grad * y).mean(-1, keepdim=True)
+        return torch.addcmul(grad, y, along, value=-1).mul_(scale), None
+
+
+def block(
+    config: ModelConfig, layer: int, x: Tensor, w: LayerWeights, turn: Tensor, attend: Attend
+) -> tuple[Tensor, Gate, Rows]:
     """One decoder layer over x [T, d]; `turn` [T, 1, D / 2] are the rotations of the tokens' positions."""
-    x = x + F.linear(_attention(config, layer, rms_norm(x, w.input_norm, config.rms_norm_eps), w, turn, attend), w.out)
-    y, gate, rows = _experts(config, rms_norm(x, w.post_norm, config.rms_norm_eps), w)
+    x = x + F.linear(_attention(config, layer, unit_rms(x, config.rms_norm_eps), w, turn, attend), w.out)
+    y, gate, rows = _experts(config, unit_rms(x, config.rms_norm_eps), w)
     return x + y, gate, rows
 
 
 def _attention(config: ModelConfig, layer: int, x: Tensor, w: LayerWeights, turn: Tensor, attend: Attend) -> Tensor:
     heads = F.linear(x, w.qkv).unflatten(-1, (-1, config.head_dim))
     qk, v = heads.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), dim=1)
-    qk = rms_norm(qk, w.qk_norm, config.rms_norm_eps)
+    qk = unit_rms(qk, config.rms_norm_eps) * w.qk_norm
     qk = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * turn).flatten(-2)
     q, k = qk.split((config.num_heads, config.num_kv_heads), dim=1)
     return attend(layer, q, k, v)

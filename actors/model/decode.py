@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import PackedAttention
-from .block import Attend, LayerWeights, block, fuse, rms_norm, rotations
+from .block import Attend, LayerWeights, block, fuse, rotations, unit_rms
 from .config import ModelConfig
 
 CROP_TOKENS = 16
@@ -76,8 +76,8 @@ class Decoder:
             fuse(self.config, lambda name, i=i: tensor(f"model.layers.{i}.{name}")) for i in range(self.config.num_layers)
         ]
         self._embed = tensor("model.embed_tokens.weight")
-        self._norm = tensor("model.norm.weight")
-        self._head = self._embed if self.config.tie_word_embeddings else tensor("lm_head.weight")
+        head = self._embed if self.config.tie_word_embeddings else tensor("lm_head.weight")
+        self._head = head * tensor("model.norm.weight")
 
     @torch.inference_mode()
     def prefill(self, cache: KvCache, tokens: Tensor, lengths: Sequence[int], slots: Tensor) -> Tensor:
@@ -128,4 +128,4 @@ class Decoder:
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(rms_norm(x, self._norm, self.config.rms_norm_eps), self._head)
+        return F.linear(unit_rms(x, self.config.rms_norm_eps), self._head)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels.reference import Gate, Rows
 from .attention import PackedAttention
-from .block import Attend, block, fuse, rms_norm, rotations
+from .block import Attend, block, fuse, rotations, unit_rms
 from .config import ModelConfig
 
 
@@ -39,9 +39,9 @@ class Qwen3Moe(nn.Module):
         with torch.device("meta"):
             self.model = _Decoder(config)
             self.lm_head = _linear(config.hidden_size, config.vocab_size)
+        self.to_empty(device="cpu")
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.to_empty(device="cpu")
         self.register_buffer("rotations", rotations(config), persistent=False)
         random = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
@@ -63,7 +63,7 @@ class Qwen3Moe(nn.Module):
             x, gate, rows = layer(x, turn, attend)
             aux_losses.append(balance_loss(gate, rows))
             loads.append(rows.load_E)
-        hidden = rms_norm(x, self.model.norm.weight, self.config.rms_norm_eps)
+        hidden = unit_rms(x, self.config.rms_norm_eps) * self.model.norm.weight
         return Output(hidden, torch.stack(aux_losses).mean(), torch.stack(loads))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -72,12 +72,13 @@ class Qwen3Moe(nn.Module):
 
 
 def balance_loss(gate: Gate, rows: Rows) -> Tensor:
-    """E * sum over experts of (pairs per token) * (mean probability): the number of choices if balanced, else more.
+    """E * sum over experts of (share of the pairs) * (mean probability): 1 if the load is even, E / K at worst.
 
-    Switch Transformers, arXiv 2101.03961, eq. 4, for several choices as in `transformers`.
+    Switch Transformers, arXiv 2101.03961, eq. 4, with the shares of K choices summing to one. (`transformers` lets them
+    sum to K: its value is K times this one.)
     """
-    num_tokens, num_experts = gate.probs_TE.shape
-    return num_experts * (rows.load_E / num_tokens) @ gate.probs_TE.mean(0)
+    num_pairs, num_experts = rows.pairs_N.numel(), gate.probs_TE.shape[1]
+    return num_experts * (rows.load_E / num_pairs) @ gate.probs_TE.mean(0)
 
 
 class _Decoder(nn.Module):

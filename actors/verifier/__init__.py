@@ -1,0 +1,3 @@
+"""Verifiers: actors that turn a response into a verdict."""
+
+from .actor import RuleVerifier as RuleVerifier

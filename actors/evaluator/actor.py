@@ -1,0 +1,138 @@
+"""Measures a policy on the fixed evaluation set. Knows nothing of training."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...runtime import Actor, message, wire
+from ..data import running_sum
+from ..data.running_sum import RunningSum
+from ..rollout.requests import Request
+from ..types import Group, Prompt, Trajectory
+from .settings import EvaluationSettings
+
+PROBLEMS_PER_STREAM = 64
+
+
+@wire
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """One greedy answer, for people to read."""
+
+    ordinal: int
+    size: int
+    prompt: str
+    solution: str
+    """A faultless response."""
+    response: str
+    correct: bool
+
+
+@wire
+@dataclass(kw_only=True, slots=True)
+class Evaluation:
+    """What one policy version can do."""
+
+    version: int
+    n: int
+    """Problems in the set."""
+    pass_at_1: float
+    """Share of correct answers at temperature 1."""
+    greedy: float
+    """Share of correct greedy answers."""
+    mean_tokens: float
+    """Mean length of the answers at temperature 1."""
+    by_size: dict[int, tuple[int, float, float]] = field(default_factory=dict)
+    """Problem size -> (problems, pass@1, greedy)."""
+    samples: list[Sample] = field(default_factory=list)
+    """Greedy answers to the first problems of each difficulty third."""
+
+
+@dataclass(kw_only=True)
+class Evaluator(Actor):
+    """Asks `rollout` for answers to the fixed problems and `verifier` for verdicts."""
+
+    task: RunningSum
+    evaluation: EvaluationSettings
+    max_new_tokens: int = 180
+
+    @message(deadline_s=600.0)
+    async def evaluate(self) -> Evaluation:
+        """Scores the newest version at temperature 1 and greedily, on all problems.
+
+        Raises RuntimeError if the verifier could not judge an answer: a score over fewer problems is another score.
+        """
+        prompts = self.task.evaluation_set(self.evaluation.seed, self.evaluation.num_problems)
+        batches = [prompts[i : i + PROBLEMS_PER_STREAM] for i in range(0, len(prompts), PROBLEMS_PER_STREAM)]
+        sampled = asyncio.gather(*(self._answer(batch, self.evaluation.samples, 1.0) for batch in batches))
+        greedy = asyncio.gather(*(self._answer(batch, 1, 0.0) for batch in batches))
+        sampled_groups = list(itertools.chain(*await sampled))
+        greedy_groups = list(itertools.chain(*await greedy))
+        pass_at_1 = np.array([_accuracy(group) for group in sampled_groups])
+        greedy_correct = np.array([_accuracy(group) for group in greedy_groups])
+        sizes = np.array([prompt.size for prompt in prompts])
+        return Evaluation(
+            version=max(group.newest_version for group in sampled_groups),
+            n=len(prompts),
+            pass_at_1=float(pass_at_1.mean()),
+            greedy=float(greedy_correct.mean()),
+            mean_tokens=float(np.mean([t.num_tokens for group in sampled_groups for t in group.trajectories])),
+            by_size={
+                int(size): (
+                    int((sizes == size).sum()),
+                    float(pass_at_1[sizes == size].mean()),
+                    float(greedy_correct[sizes == size].mean()),
+                )
+                for size in np.unique(sizes)
+            },
+            samples=self._samples(greedy_groups),
+        )
+
+    async def _answer(self, prompts: list[Prompt], samples: int, temperature: float) -> list[Group]:
+        groups = {
+            i: Group(prompt=prompt, trajectories=[Trajectory(member=m) for m in range(samples)])
+            for i, prompt in enumerate(prompts)
+        }
+        requests = [
+            Request(
+                key=i, ordinal=group.prompt.ordinal, prompt=group.prompt.tokens, members=list(range(samples)),
+                max_new_tokens=self.max_new_tokens, temperature=temperature,
+            )
+            for i, group in groups.items()
+        ]  # fmt: skip
+        async for chunks in self.find("rollout").generate.stream(requests):
+            for chunk in chunks:
+                groups[chunk.key].trajectories[chunk.member].append(chunk)
+        judge = self.find("verifier").judge
+        for group in groups.values():
+            for trajectory, verdict in zip(group.trajectories, await judge(group), strict=True):
+                if verdict.error:
+                    raise RuntimeError(f"evaluation problem {group.prompt.ordinal} could not be judged: {verdict.error}")
+                trajectory.verdict = verdict
+        return list(groups.values())
+
+    def _samples(self, groups: list[Group]) -> list[Sample]:
+        by_difficulty = sorted(groups, key=lambda group: group.prompt.size)
+        shown = min(self.evaluation.num_shown, len(groups))
+        chosen = [by_difficulty[(2 * i + 1) * len(groups) // (2 * shown)] for i in range(shown)]
+        return [
+            Sample(
+                ordinal=group.prompt.ordinal,
+                size=group.prompt.size,
+                prompt=running_sum.decode(group.prompt.tokens),
+                solution=running_sum.decode(self.task.solve(group.prompt)),
+                response=running_sum.decode(group.trajectories[0].tokens()),
+                correct=_accuracy(group) == 1.0,
+            )
+            for group in chosen
+        ]
+
+
+def _accuracy(group: Group) -> float:
+    return float(np.mean([t.verdict is not None and t.verdict.correct for t in group.trajectories]))
+
+

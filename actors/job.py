@@ -1,0 +1,168 @@
+"""cluster.toml as a reasoning-RL job: tables `[model] [task] [sft] [rl] [evaluation]` beside those of any cluster.
+
+    cluster.toml, --set --> load_job --> Job --> to_toml --> config.toml --> load_job --> an equal Job
+
+Checks what no single table can know: whether the tables fit each other, and whether the stream can flow. Builds actors
+but starts none; imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..runtime import toml
+from ..runtime.cluster import ROOT, ClusterSpec, load_cluster, to_table
+from ..runtime.pool import SamplePool
+from ..runtime.rundir import RunDirectory, RunSpec, write_atomically
+from ..runtime.toml import ConfigError, Document
+from .data.running_sum import RunningSum
+from .evaluator.settings import EvaluationSettings
+from .model.config import ModelConfig
+from .stream.policy import StreamPolicy
+from .trainer.settings import RlSettings, SftSettings
+
+TABLES = {
+    "model": ModelConfig,
+    "task": RunningSum,
+    "sft": SftSettings,
+    "rl": RlSettings,
+    "evaluation": EvaluationSettings,
+}
+
+ROLES = ("controller", "rollout", "verifier", "reward", "pool", "trainer", "evaluator")
+"""Actors that the controller asks for by name."""
+
+LAYOUT = ("nodes", "actors")
+"""Tables that a resumed run may change: where its actors live and how they do their work, not what is learned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checked configuration with its actors built."""
+
+    cluster: ClusterSpec
+    model: ModelConfig
+    task: RunningSum
+    sft: SftSettings
+    rl: RlSettings
+    evaluation: EvaluationSettings
+
+    @property
+    def run(self) -> RunSpec:
+        return self.cluster.run
+
+    def table(self) -> dict[str, Any]:
+        """The resolved configuration as nested dicts, every default written out."""
+        return to_table(self.cluster, {name: getattr(self, name) for name in TABLES})
+
+    def to_toml(self) -> str:
+        """The resolved configuration; loads to an equal job."""
+        return f"# The settings of run {self.run.name}, every default written out.\n\n{toml.dump(self.table())}"
+
+    def describe(self) -> str:
+        """What would be started, for `--check`."""
+        homes = {node: ", ".join(s.name for s in self.cluster.actors_on(node)) for node in (ROOT, *self.cluster.nodes)}
+        width = max(map(len, homes))
+        lines = [
+            f"run {self.run.path}, seed {self.run.seed}: {self.sft.steps} SFT steps, then {self.rl.steps} "
+            f"RL steps of {self.rl.groups_per_step} groups of {self.rl.group_size}",
+            *(f"  node {node:<{width}}  {actors or '(nothing, not started)'}" for node, actors in homes.items()),
+        ]
+        return "\n".join(lines)
+
+    def open_run(self, *, resume: bool = False) -> RunDirectory:
+        """Claims the run's directory: a new one, or that of an interrupted run. Raises ConfigError if that can't be."""
+        if not resume:
+            return RunDirectory.create(self.run.path, self.to_toml())
+        run = RunDirectory.resume(self.run.path)
+        try:
+            _refuse_changes(load_job(run.config), self, run)
+            write_atomically(run.config, self.to_toml().encode())
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """Reads and checks a cluster.toml with `--set` arguments ("rl.steps=20"). Raises ConfigError."""
+    document = toml.read(path, overrides)
+    cluster, tables = load_cluster(document, TABLES)
+    job = Job(cluster=cluster, **tables)
+    _check_roles(document, job)
+    _check_lengths(document, job)
+    _check_stream(document, job)
+    return job
+
+
+def _check_roles(document: Document, job: Job) -> None:
+    for role in ROLES:
+        if role not in job.cluster.actors:
+            hint = toml.nearest(role, set(job.cluster.actors) - set(ROLES))
+            raise document.error(("actors", role), f"missing; the controller needs an actor of this name{hint}")
+
+
+def _check_lengths(document: Document, job: Job) -> None:
+    """What is generated must fit the model, and the workers' buffers."""
+    if job.model.vocab_size < job.task.vocab_size:
+        raise document.error(
+            ("model", "vocab_size"),
+            f"must be at least {job.task.vocab_size}, the tokens of the task, got {job.model.vocab_size}",
+        )
+    longest = job.task.max_prompt_tokens + job.rl.max_new_tokens
+    if longest > job.model.max_positions:
+        raise document.error(
+            ("rl", "max_new_tokens"),
+            f"prompts of {job.task.max_prompt_tokens} and responses of {job.rl.max_new_tokens} tokens don't fit into "
+            f"[model] max_positions = {job.model.max_positions}; set that to {longest} or more, or "
+            f"max_new_tokens to {job.model.max_positions - job.task.max_prompt_tokens} or less",
+        )
+
+
+def _check_stream(document: Document, job: Job) -> None:
+    """A batch, and all groups that the staleness bound lets in, must fit the pool: else the stream stands still."""
+    rl = job.rl
+    policy = StreamPolicy(
+        batch=rl.groups_per_step, max_staleness=rl.max_staleness, alpha=rl.alpha, max_running=rl.max_running
+    )
+    for name, spec in job.cluster.actors.items():
+        if not isinstance(spec.instance, SamplePool):
+            continue
+        capacity, keys = spec.instance.capacity, ("actors", name, "capacity")
+        if capacity < rl.groups_per_step:
+            raise document.error(
+                keys,
+                f"a training batch of {rl.groups_per_step} groups ([rl] groups_per_step) does not fit into a pool of "
+                f"{capacity}; set capacity to {policy.places} or more, or make the batch smaller",
+            )
+        if capacity < policy.places:
+            raise document.error(
+                keys,
+                f"with [rl] groups_per_step = {rl.groups_per_step} and max_staleness = {rl.max_staleness} there are up "
+                f"to {policy.places} groups in the system, and a pool of {capacity} could fill up with groups that "
+                f"must wait for older ones; set capacity to {policy.places} or more, or lower max_staleness",
+            )
+
+
+def _refuse_changes(old: Job, new: Job, run: RunDirectory) -> None:
+    was, now = dict(_leaves(old.table())), dict(_leaves(new.table()))
+    changed = [key for key in {**was, **now} if was.get(key) != now.get(key) and key != "run.directory"]
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"{run.config}: the run was started with {key} = {toml.dump_value(was.get(key, 'nothing'))}, now it is "
+            f"{toml.dump_value(now.get(key, 'nothing'))}{more}; resume it with the settings it had, or start another "
+            "with --set run.name=NAME"
+        )
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and prefix + key not in LAYOUT:
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif prefix + key not in LAYOUT:
+            yield prefix + key, value

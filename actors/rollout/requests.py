@@ -1,0 +1,82 @@
+"""What a rollout engine is asked for and what it hands out. Knows nothing of torch, prompts' meaning or actors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...runtime.codec import wire
+from ..types import Finish
+
+
+@wire
+@dataclass(kw_only=True, slots=True)
+class Request:
+    """Some or all members of one group, to be generated or continued."""
+
+    key: int
+    """Name of the request in its engine; free again when all its members have finished or it is cancelled."""
+    ordinal: int
+    """Number of the prompt in the run: with seed, member and position it fixes the random numbers."""
+    prompt: np.ndarray
+    """int32 [P], P >= 1"""
+    members: list[int]
+    """Which members of the group, each at least 0 and once."""
+    prefixes: list[np.ndarray] = field(default_factory=list)
+    """int32 [n] of each member, what it has written so far; an empty list if none has written anything."""
+    max_new_tokens: int
+    """Tokens of a whole response, prefix included."""
+    temperature: float = 1.0
+    """0 decodes greedily, with log-probabilities at temperature 1."""
+
+
+@wire
+@dataclass(kw_only=True, slots=True)
+class Chunk:
+    """Some more tokens of one response, all sampled by one policy version."""
+
+    key: int
+    member: int
+    version: int
+    tokens: np.ndarray
+    """int32 [n]; n is 0 only where a response ends whose tokens have all been handed out"""
+    logprobs: np.ndarray
+    """float32 [n]: of the behaviour policy, at the sampling temperature"""
+    finish: Finish = ""
+
+
+def check_request(
+    request: Request, *, vocab_size: int, max_prompt_tokens: int, max_new_tokens: int, eos_id: int
+) -> None:
+    """Raises ValueError with rule, value and remedy if an engine of these limits can't generate `request`."""
+
+    def refuse(text: str) -> ValueError:
+        return ValueError(f"request {request.key}: {text}")
+
+    _check_ids(request.prompt, "the prompt", vocab_size, refuse)
+    if not 1 <= len(request.prompt) <= max_prompt_tokens:
+        raise refuse(
+            f"a prompt must have 1..{max_prompt_tokens} tokens, got {len(request.prompt)}; "
+            "shorten it or raise max_prompt_tokens"
+        )
+    if not 1 <= request.max_new_tokens <= max_new_tokens:
+        raise refuse(f"max_new_tokens must be 1..{max_new_tokens} (the engine's), got {request.max_new_tokens}")
+    if not 0 <= request.temperature < np.inf:
+        raise refuse(f"temperature must be 0 (greedy) or positive and finite, got {request.temperature}")
+    if not request.members or min(request.members) < 0 or len(set(request.members)) < len(request.members):
+        raise refuse(f"members must be distinct indices from 0 up, at least one, got {request.members}")
+    if request.prefixes and len(request.prefixes) != len(request.members):
+        raise refuse(f"prefixes must be none or one for each of {len(request.members)} members, got {len(request.prefixes)}")
+    for member, prefix in zip(request.members, request.prefixes, strict=False):
+        _check_ids(prefix, f"the prefix of member {member}", vocab_size, refuse)
+        if len(prefix) >= request.max_new_tokens or eos_id in prefix:
+            raise refuse(f"member {member} has finished: its prefix ends the response or fills max_new_tokens; leave it out")
+
+
+def _check_ids(ids: np.ndarray, what: str, vocab_size: int, refuse: Callable[[str], ValueError]) -> None:
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise refuse(f"{what} must be a one-dimensional integer array")
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise refuse(f"{what} has token ids {ids.min()}..{ids.max()} outside the vocabulary 0..{vocab_size - 1}")

@@ -1,0 +1,221 @@
+"""What a run reports while it runs: rows of metrics.jsonl, totals of summary.json, updates for a screen.
+
+Metric names and units: report.py. Knows nothing of how the numbers come about; the controller tells it what happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .evaluator import Evaluation
+from .report import MetricsWriter, Row, rewind_metrics
+from .types import Group
+
+UPDATE_S = 0.25
+"""Shortest time between two updates of a screen."""
+
+STALENESS_BINS = 16
+
+
+class Telemetry:
+    """The reporting side of one run. `totals` are what `snapshot` gave at the checkpoint that is resumed."""
+
+    def __init__(self, run: Path, stage: str, step: int, totals: dict[str, Any]) -> None:
+        self.stage, self.num_steps = stage, 0
+        self.note = ""
+        self.rows: list[Row] = rewind_metrics(run / "metrics.jsonl", "rl" if stage == "done" else stage, step)
+        self.evaluations: list[dict[str, Any]] = list(totals.get("evaluations", []))
+        self.stages: Counter[str] = Counter(totals.get("stages", {}))
+        self.tokens: Counter[str] = Counter(totals.get("tokens", {}))
+        self.staleness: Counter[int] = Counter(totals.get("staleness", {}))
+        self._samples: dict[str, list[dict[str, Any]]] = dict(totals.get("samples", {}))
+        self._writer = MetricsWriter(run / "metrics.jsonl", tensorboard=run / "tensorboard")
+        self._before_s = float(totals.get("elapsed_s", 0.0))
+        self._started = self._mark = self._stage_started = time.monotonic()
+        self._waited_s = 0.0
+        self._judged = [0, 0]
+        self._rollout = {"tokens": 0.0, "busy_s": 0.0}
+        self._changed = asyncio.Event()
+        self._done = False
+        self.state: dict[str, Any] = {}
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds that the run has taken, earlier processes included."""
+        return self._before_s + time.monotonic() - self._started
+
+    def snapshot(self) -> dict[str, Any]:
+        """Totals that a resumed run goes on from."""
+        stages = Counter(self.stages)
+        stages[self.stage] += time.monotonic() - self._stage_started
+        return {
+            "elapsed_s": self.elapsed_s, "stages": dict(stages), "tokens": dict(self.tokens),
+            "staleness": dict(self.staleness), "evaluations": self.evaluations, "samples": self._samples,
+        }  # fmt: skip
+
+    def begin(self, num_steps: int) -> None:
+        """A stage is under way and will have `num_steps`."""
+        self.num_steps = num_steps
+        self._mark = time.monotonic()
+        self._notify()
+
+    def enter(self, stage: str) -> None:
+        """The next stage begins."""
+        now = time.monotonic()
+        self.stages[self.stage] += now - self._stage_started
+        self.stage, self._stage_started, self._mark = stage, now, now
+        self._notify()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The trainer waits for its batch."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited_s += time.monotonic() - begun
+
+    def judged(self, group: Group) -> None:
+        """A group has its verdicts, whether it is trained or filtered."""
+        self._judged[0] += sum(t.verdict is not None and t.verdict.correct for t in group.trajectories)
+        self._judged[1] += len(group.trajectories)
+
+    def sft_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Some SFT steps are done; `metrics` are the trainer's."""
+        self.tokens["trained_sft"] += int(metrics.get("trained_tokens", 0))
+        self._write("sft", step, 0, metrics)
+
+    def rl_step(
+        self, step: int, version: int, metrics: dict[str, float], batch: list[Group], staleness: list[int],
+        rollout: dict[str, Any], ledger: dict[str, int],
+    ) -> None:  # fmt: skip
+        """An RL step is done. `rollout`: its stats, or {} if it could not be asked; `ledger`: counts of the stream."""
+        trajectories = [t for group in batch for t in group.trajectories]
+        lengths = np.array([t.num_tokens for t in trajectories])
+        wall_s = time.monotonic() - self._mark
+        sampled, busy_s = self._since_last(rollout)
+        self.staleness.update(staleness)
+        self.tokens["trained"] += int(lengths.sum())
+        self.tokens["sampled"] += int(sampled)
+        correct, judged = self._judged
+        self._judged = [0, 0]
+        self._write("rl", step, version, {
+            **metrics,
+            "reward_mean": float(np.mean([t.reward for t in trajectories])),
+            "pass_ratio": correct / max(1, judged),
+            "truncated_ratio": float(np.mean([t.finish == "length" for t in trajectories])),
+            "response_tokens_mean": float(lengths.mean()),
+            "response_tokens_max": int(lengths.max()),
+            "groups": len(batch),
+            "responses": len(trajectories),
+            "prompt_size_mean": float(np.mean([group.prompt.size for group in batch])),
+            "staleness_mean": float(np.mean(staleness)),
+            "staleness_max": int(max(staleness)),
+            "on_policy_ratio": float(np.mean([group.oldest_version == version - 1 for group in batch])),
+            "partial_ratio": float(np.mean([len(t.segments) > 1 for t in trajectories])),
+            "sampled_tokens": sampled,
+            "sampled_tokens_per_s": sampled / wall_s,
+            "rollout_idle_ratio": min(1.0, max(0.0, 1 - busy_s / wall_s)),
+            "trainer_idle_ratio": min(1.0, self._waited_s / wall_s),
+            "wait_s": self._waited_s,
+            "pool_groups": ledger["pooled"],
+            "running_groups": ledger["running"],
+            "partial_groups": ledger["partial"],
+            **{f"{end}_groups": ledger[end] for end in ("submitted", "accepted", "filtered", "failed")},
+        })  # fmt: skip
+        self._waited_s = 0.0
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """The newest version was scored on the fixed problems."""
+        self.evaluations.append(
+            {
+                "stage": self.stage, "step": step, "version": evaluation.version, "n": evaluation.n,
+                "pass_at_1": evaluation.pass_at_1, "greedy": evaluation.greedy,
+                "by_size": {str(size): list(scores) for size, scores in evaluation.by_size.items()},
+            }
+        )  # fmt: skip
+        self._samples[self.stage] = [
+            {"prompt": s.prompt, "solution": s.solution, "response": s.response, "correct": s.correct}
+            for s in evaluation.samples
+        ]
+        self._notify()
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Greedy answers to the same problems after SFT and after RL."""
+        return [
+            {
+                "prompt": before["prompt"], "solution": before["solution"],
+                "before": before["response"], "before_correct": before["correct"],
+                "after": after["response"], "after_correct": after["correct"],
+            }
+            for before, after in zip(self._samples.get("sft", []), self._samples.get("rl", []), strict=False)
+        ]  # fmt: skip
+
+    def finish(self) -> None:
+        """The run has reached its end, or has drained."""
+        self.stages[self.stage] += time.monotonic() - self._stage_started
+        self._done = True
+        self._writer.close()
+        self._notify()
+
+    def summary(self) -> dict[str, Any]:
+        """The parts of summary.json that the controller knows."""
+        trained = sum(self.staleness.values())
+        total = sum(staleness * count for staleness, count in self.staleness.items())
+        return {
+            "steps": max((row["step"] for row in self.rows if row["stage"] == "rl"), default=0),
+            "stages": {stage: round(seconds, 2) for stage, seconds in self.stages.items() if stage != "done"},
+            "evaluation": self.evaluations,
+            "samples": self.samples(),
+            "staleness": {"mean": total / max(1, trained), "max": max(self.staleness, default=0)},
+            "tokens": {"sampled": self.tokens["sampled"], "trained": self.tokens["trained"]},
+            "wall_s": self.elapsed_s,
+        }
+
+    async def updates(self) -> AsyncIterator[dict[str, Any]]:
+        """What a screen needs, after each change but not more often than UPDATE_S. `rows` holds only new ones."""
+        shown = 0
+        while True:
+            changed, done = self._changed, self._done
+            yield {
+                "stage": self.stage, "step": self.rows[-1]["step"] if self._in_stage() else 0, "steps": self.num_steps,
+                "note": self.note, "rows": self.rows[shown:], "evaluations": list(self.evaluations),
+                "staleness": [self.staleness[i] for i in range(min(STALENESS_BINS, max(self.staleness, default=0) + 1))],
+                "elapsed_s": self.elapsed_s, "done": done, **({"summary": self.summary()} if done else {}),
+            }  # fmt: skip
+            shown = len(self.rows)
+            if done:
+                return
+            await asyncio.sleep(UPDATE_S)
+            await changed.wait()
+
+    def _in_stage(self) -> bool:
+        return bool(self.rows) and self.rows[-1]["stage"] == self.stage
+
+    def _write(self, stage: str, step: int, version: int, metrics: dict[str, float]) -> None:
+        now = time.monotonic()
+        common = {"elapsed_s": self.elapsed_s, "version": version, "step_s": now - self._mark}
+        self._mark = now
+        self.rows.append(self._writer.write(stage, step, **common, **metrics))
+        self._notify()
+
+    def _since_last(self, rollout: dict[str, Any]) -> tuple[float, float]:
+        """Tokens and busy seconds since the previous step; a restarted worker counts from zero."""
+        delta = {}
+        for name, last in self._rollout.items():
+            now = float(rollout.get(name, last))
+            delta[name] = now - last if now >= last else now
+            self._rollout[name] = now
+        return delta["tokens"], delta["busy_s"]
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

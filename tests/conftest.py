@@ -1,0 +1,14 @@
+"""What holds for all tests: one thread per process, no network, properties that are checked the same way each time."""
+
+import os
+
+# Read when torch and transformers are first imported, here and in the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PYTHONSAFEPATH"] = "1"
+
+import hypothesis  # noqa: E402
+
+hypothesis.settings.register_profile("headrace", deadline=None, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("headrace")
+
