@@ -29,11 +29,11 @@ from .data.running_sum import RunningSum
 from .evaluator import Evaluation
 from .evaluator.settings import EvaluationSettings
 from .rollout.requests import Request
-from .run_state import RunState, load_state
+from .run_state import POOL, STATE, load_state
 from .stream.ledger import Ledger
-from .stream.policy import StreamPolicy, priority
+from .stream.policy import priority, stream_policy
 from .telemetry import Telemetry
-from .trainer.dapo_filter import informative
+from .trainer.groups import has_signal
 from .trainer.settings import RlSettings, SftSettings
 from .types import Group, Prompt, Trajectory
 
@@ -54,7 +54,6 @@ class Controller(Actor):
     task: RunningSum
     sft: SftSettings
     rl: RlSettings
-    stream: StreamPolicy
     evaluation: EvaluationSettings
 
     async def start(self) -> None:
@@ -62,7 +61,8 @@ class Controller(Actor):
         self.verifier, self.reward = self.find("verifier"), self.find("reward")
         self.pool, self.evaluator = self.find("pool"), self.find("evaluator")
         self.state, self._pool_state = load_state(self.run.path)
-        self.ledger = Ledger.restore(self.ledger) if self.ledger else Ledger()
+        self.stream = stream_policy(self.rl)
+        self.ledger = Ledger.restore(self.state.ledger) if self.state.ledger else Ledger()
         self.adaptation = Adaptation(sizes=self.task.sizes, prior=self.task.size_prior, seed=self.run.seed)
         self.telemetry = Telemetry(self.run.path, self.state.stage, self.state.step, self.state.telemetry)
         self._since_checkpoint: deque[tuple[int, list[Group]]] = deque()
@@ -103,15 +103,15 @@ class Controller(Actor):
 
     async def _warm_up(self) -> None:
         """SFT on the demonstrator's answers. The trainer makes the examples by their numbers, so a restart repeats none."""
-        self.telemetry.begin(self.sft.num_steps)
-        while self.state.step < self.sft.num_steps and not self._draining.is_set():
-            until = min(self.state.step + self.sft.report_every, self.sft.num_steps)
-            metrics = await self._ask_trainer(lambda until=until: self.trainer.sft(until))
+        self.telemetry.begin(self.sft.steps)
+        while self.state.step < self.sft.steps and not self._draining.is_set():
+            until = min(self.state.step + self.sft.report_every, self.sft.steps)
+            metrics = await self._ask_trainer(lambda until=until: self.trainer.warm_up(until))
             self.state.step = until
             self.telemetry.sft_step(until, metrics)
             if until % self.sft.checkpoint_every == 0:
                 await self._checkpoint()
-        if self.state.step == self.sft.num_steps:
+        if self.state.step == self.sft.steps:
             self.state.version = 1
             await self._publish()
             await self._evaluate()
@@ -121,9 +121,9 @@ class Controller(Actor):
 
     async def _stream(self) -> None:
         """Trains as batches come, while `_feed` keeps rollout supplied within the staleness bound."""
-        self.telemetry.begin(self.rl.num_steps)
+        self.telemetry.begin(self.rl.steps)
         feed = self.background(self._feed(), name="feed")
-        while self.state.step < self.rl.num_steps and not self._draining.is_set():
+        while self.state.step < self.rl.steps and not self._draining.is_set():
             with self.telemetry.waiting():
                 lease = await self.pool.lease(self.stream.batch, self.state.version, holder="trainer")
             batch = [entry.payload for entry in lease.entries]
@@ -144,7 +144,7 @@ class Controller(Actor):
             if self.state.step % self.rl.checkpoint_every == 0:
                 await self._checkpoint()
         feed.cancel()
-        if self.state.step == self.rl.num_steps:
+        if self.state.step == self.rl.steps:
             await self._evaluate()
             self._enter("done")
 
@@ -178,7 +178,7 @@ class Controller(Actor):
         ordinal, ledger = group.prompt.ordinal, self.ledger
         await self._generate(group)
         judged = await self._judge(group)
-        mixed = judged and informative(group)
+        mixed = judged and has_signal(group)
         if judged:
             self.adaptation.observe(group.prompt.size, mixed=mixed)
             self.telemetry.judged(group)
@@ -255,7 +255,7 @@ class Controller(Actor):
         metrics: dict[str, float] = {}
         if not self._since_checkpoint:
             return metrics
-        held = await self.trainer.position()
+        held = await self.trainer.position(self.state.stage)
         for step, batch in self._since_checkpoint:
             if step > held:
                 metrics = await self.trainer.step(step, batch)
@@ -324,11 +324,12 @@ class Controller(Actor):
         self.state.ledger = self.ledger.snapshot()
         self.state.telemetry = self.telemetry.snapshot()
         # In this order: a group that enters the pool in between is in both, and the pool takes no id twice.
-        state = dumps(self.state)
-        pool = dumps(await self.pool.snapshot())
-        folder = await self._ask_trainer(lambda: self.trainer.checkpoint(self.state.stage, self.state.step, state, pool))
+        stage, step = self.state.stage, self.state.step
+        files = {STATE: dumps(self.state)}
+        files[POOL] = dumps(await self.pool.snapshot())
+        folder = await self._ask_trainer(lambda: self.trainer.checkpoint(stage, step, files))
         self._since_checkpoint.clear()
-        self.log("checkpoint", folder=folder, step=self.state.step)
+        self.log("checkpoint", folder=folder)
 
     # Messages -----------------------------------------------------------------------------------------------
 

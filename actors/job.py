@@ -21,7 +21,7 @@ from ..runtime.toml import ConfigError, Document
 from .data.running_sum import RunningSum
 from .evaluator.settings import EvaluationSettings
 from .model.config import ModelConfig
-from .stream.policy import StreamPolicy
+from .stream.policy import stream_policy
 from .trainer.settings import RlSettings, SftSettings
 
 TABLES = {
@@ -106,44 +106,37 @@ def _check_roles(document: Document, job: Job) -> None:
 
 
 def _check_lengths(document: Document, job: Job) -> None:
-    """What is generated must fit the model, and the workers' buffers."""
+    """What is generated must fit the model's positions."""
     if job.model.vocab_size < job.task.vocab_size:
         raise document.error(
             ("model", "vocab_size"),
             f"must be at least {job.task.vocab_size}, the tokens of the task, got {job.model.vocab_size}",
         )
-    longest = job.task.max_prompt_tokens + job.rl.max_new_tokens
-    if longest > job.model.max_positions:
+    longest, positions = job.task.max_prompt_tokens + job.rl.max_new_tokens, job.model.max_positions
+    if longest > positions:
         raise document.error(
             ("rl", "max_new_tokens"),
             f"prompts of {job.task.max_prompt_tokens} and responses of {job.rl.max_new_tokens} tokens don't fit into "
-            f"[model] max_positions = {job.model.max_positions}; set that to {longest} or more, or "
-            f"max_new_tokens to {job.model.max_positions - job.task.max_prompt_tokens} or less",
+            f"[model] max_positions = {positions}; set that to {longest} or more, or this to "
+            f"{positions - job.task.max_prompt_tokens} or less",
         )
 
 
 def _check_stream(document: Document, job: Job) -> None:
     """A batch, and all groups that the staleness bound lets in, must fit the pool: else the stream stands still."""
     rl = job.rl
-    policy = StreamPolicy(
-        batch=rl.groups_per_step, max_staleness=rl.max_staleness, alpha=rl.alpha, max_running=rl.max_running
-    )
+    if rl.min_group_size > rl.group_size:
+        raise document.error(
+            ("rl", "min_group_size"), f"must be at most group_size ({rl.group_size}), got {rl.min_group_size}"
+        )
+    places = stream_policy(rl).places
     for name, spec in job.cluster.actors.items():
-        if not isinstance(spec.instance, SamplePool):
-            continue
-        capacity, keys = spec.instance.capacity, ("actors", name, "capacity")
-        if capacity < rl.groups_per_step:
+        if isinstance(spec.instance, SamplePool) and spec.instance.capacity < places:
             raise document.error(
-                keys,
-                f"a training batch of {rl.groups_per_step} groups ([rl] groups_per_step) does not fit into a pool of "
-                f"{capacity}; set capacity to {policy.places} or more, or make the batch smaller",
-            )
-        if capacity < policy.places:
-            raise document.error(
-                keys,
+                ("actors", name, "capacity"),
                 f"with [rl] groups_per_step = {rl.groups_per_step} and max_staleness = {rl.max_staleness} there are up "
-                f"to {policy.places} groups in the system, and a pool of {capacity} could fill up with groups that "
-                f"must wait for older ones; set capacity to {policy.places} or more, or lower max_staleness",
+                f"to {places} groups in the system, and a pool of {spec.instance.capacity} could fill up with groups "
+                f"that must wait for older ones; set capacity to {places} or more, or lower max_staleness",
             )
 
 

@@ -29,7 +29,7 @@ class Stream(IntEnum):
 
 
 def uniforms(seed: int, stream: int, ordinals: int | np.ndarray, lanes: int | np.ndarray, count: int) -> np.ndarray:
-    """Numbers strictly inside (0, 1), float64 [..., count]; the leading shape is that of `ordinals` and `lanes` together.
+    """Numbers strictly inside (0, 1), float64 [..., count], for each pair of `ordinals` and `lanes` (broadcast).
 
     `seed` and `lanes` count modulo 2**32, `ordinals` modulo 2**64 (negative ones are fine).
     """

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import orjson
 
 from ..runtime.rundir import write_atomically
-
-if TYPE_CHECKING:
-    from .evaluator import Evaluation, Sample
 
 Row = dict[str, Any]
 """A line of metrics.jsonl: stage, step, and METRICS."""
@@ -97,7 +94,7 @@ SUMMARY: dict[str, str] = {
     "wall_s": "seconds from the start of the first process, time between processes of a resumed run left out",
     "stages": "{stage: seconds}",
     "evaluation": "list of {stage, step, version, pass_at_1, greedy, n, by_size {size: [n, pass_at_1, greedy]}}",
-    "samples": "list of {prompt, reference, size, before, after, before_correct, after_correct}: greedy answers",
+    "samples": "list of {prompt, solution, before, after, before_correct, after_correct}: greedy answers",
     "restarts": "{actor: restarts}",
     "staleness": "{mean, max} over all trained groups, in versions",
     "tokens": "{sampled, trained}: response tokens",
@@ -123,9 +120,8 @@ class SamplePair(TypedDict):
     """One problem of the fixed set, answered greedily before and after RL."""
 
     prompt: str
-    reference: str
-    """The right final answer."""
-    size: int
+    solution: str
+    """A faultless response."""
     before: str
     after: str
     before_correct: bool
@@ -146,7 +142,7 @@ class ActorState(TypedDict, total=False):
 
 
 class Progress(TypedDict, total=False):
-    """What a screen draws. Any key may be missing. Lists only grow, except `actors`, `staleness` and `events`."""
+    """What a screen draws. Any key may be missing."""
 
     run: str
     stage: str
@@ -154,48 +150,21 @@ class Progress(TypedDict, total=False):
     """Steps of the stage that are done."""
     steps: int
     """Steps that the stage will have; 0 or missing = unknown."""
-    version: int
     elapsed_s: float
     note: str
-    """One line of what is going on, for example that the run drains after Ctrl-C."""
+    """What goes on besides, for example that the run drains after Ctrl-C."""
     rows: list[Row]
-    """Lines of metrics.jsonl so far."""
+    """Lines of metrics.jsonl; those seen before may be left out or repeated."""
     evaluations: list[EvaluationRecord]
-    events: list[dict[str, Any]]
-    """The last events worth showing, oldest first: {"time" (unix seconds), "event", "actor", ...}."""
+    """All so far."""
+    staleness: list[int]
+    """Trained groups by staleness 0, 1, 2, ..."""
     started: float
     """Unix seconds of the start; events are shown relative to it."""
+    events: list[dict[str, Any]]
+    """The last lines of events.jsonl, oldest first."""
     actors: list[ActorState]
-    pool_groups: int
-    pool_capacity: int
-    running_groups: int
-    partial_groups: int
-    staleness: list[int]
-    """Groups trained in the last steps by staleness 0, 1, 2, ..."""
-    max_staleness: int
     rss_bytes: int
-
-
-def evaluation_record(stage: str, step: int, evaluation: Evaluation) -> EvaluationRecord:
-    """What summary.json and screens keep of an evaluation that followed `step` of `stage`."""
-    by_size = {str(size): list(numbers) for size, numbers in evaluation.by_size.items()}
-    return EvaluationRecord(
-        stage=stage, step=step, version=evaluation.version, pass_at_1=evaluation.pass_at_1,
-        greedy=evaluation.greedy, n=evaluation.n, by_size=by_size,
-    )  # fmt: skip
-
-
-def pair_samples(before: Sequence[Sample], after: Sequence[Sample]) -> list[SamplePair]:
-    """Answers to the same problems, side by side."""
-    earlier = {sample.ordinal: sample for sample in before}
-    return [
-        SamplePair(
-            prompt=now.prompt, reference=now.reference, size=now.size, before=then.response, after=now.response,
-            before_correct=then.correct, after_correct=now.correct,
-        )
-        for now in after
-        if (then := earlier.get(now.ordinal)) is not None
-    ]  # fmt: skip
 
 
 class MetricsWriter:

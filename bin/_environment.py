@@ -7,8 +7,8 @@
                  +--> empty the stamp, venv, pip, write the stamp
 
 The stamp says what an environment was made from. It is empty while anything changes, so that one whose making was
-interrupted, at whatever point, is known and made anew. A file lock keeps two starts from making it at once, and keeps
-it unchanged while a command runs in it.
+interrupted, at whatever point, is known and made anew. One file lock keeps two starts from making it at once; another
+keeps what is installed from being replaced while a command runs with it (packages may be added).
 
 Needs only the standard library, and parses under Python 3.6, to say that this is too old. Knows nothing of what it
 starts.
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 
 OLDEST_PYTHON = (3, 11)
 BIN = os.path.dirname(os.path.realpath(__file__))
@@ -53,19 +54,19 @@ def enter(*extras: str) -> None:
         if not inside and not chosen and has_headrace(extras):
             return
         if again and not inside:
-            raise SetupError("{0.python} does not run in {0.path}; remove that folder".format(environment))
+            raise SetupError(f"{environment.python} does not run in {environment.path}; remove that folder")
         changed = environment.open(set(extras))
         if inside and not changed:
             return
         if not changed and not again:
             say("using the environment " + environment.shown(environment.path))
         os.environ["HEADRACE_ENTERING"] = str(os.getpid())
-        os.execv(environment.python, [environment.python, "-P", os.path.abspath(sys.argv[0])] + sys.argv[1:])
+        os.execv(environment.python, [environment.python, "-P", os.path.abspath(sys.argv[0]), *sys.argv[1:]])
     except SetupError as error:
         say(str(error))
         sys.exit(2)
     except OSError as error:
-        say("no environment can be made: " + explain(str(error)))
+        say(f"no environment can be made: {explain(str(error))}")
         sys.exit(2)
     except KeyboardInterrupt:
         say("interrupted; the next start makes good what is half done")
@@ -75,10 +76,10 @@ def enter(*extras: str) -> None:
 def check_python(version: "tuple[int, ...]") -> None:
     """Raises SetupError if Python `version` is too old, or the system is no Unix."""
     if version < OLDEST_PYTHON:
+        oldest, this = ("{}.{}".format(*numbers) for numbers in (OLDEST_PYTHON, version))
         raise SetupError(
-            "Python {}.{} or newer is needed, but {} is {}.{}; run it with a newer one: python{}.{} {}".format(
-                *(OLDEST_PYTHON + (sys.executable,) + tuple(version) + OLDEST_PYTHON + (" ".join(sys.argv),))
-            )
+            f"Python {oldest} or newer is needed, but {sys.executable} is {this}; "
+            f"run it with a newer one: python{oldest} {' '.join(sys.argv)}"
         )
     if os.name != "posix":
         raise SetupError("Linux is needed; on Windows, use WSL 2")
@@ -92,8 +93,8 @@ def has_headrace(extras: "tuple[str, ...]") -> bool:
     missing = [name for name in TEST_MODULES if "test" in extras and importlib.util.find_spec(name) is None]
     if missing:
         raise SetupError(
-            "the environment {} has headrace but not {}; add it: {} -m pip install -c {}/constraints.txt -e '{}[test]'; "
-            "or leave that environment".format(sys.prefix, missing[0], sys.executable, BIN, ROOT)
+            f"the environment {sys.prefix} has headrace but not {missing[0]}; leave that environment, or add it: "
+            f"{sys.executable} -m pip install -c {BIN}/constraints.txt -e '{ROOT}[test]'"
         )
     origin = os.path.dirname(os.path.realpath(spec.origin))
     say("using the environment " + sys.prefix + ("" if origin == BIN else ", which has the headrace of " + origin))
@@ -115,25 +116,28 @@ class Environment:
         self.python = os.path.join(self.path, "bin", "python")
         self.log = self.path + ".log"
         self._constraints = os.path.join(root, "bin", "constraints.txt")
-        self._lock = -1
+        self._making = Lock(self.path + ".making")
+        self._running = Lock(self.path + ".running")
 
     def is_running(self) -> bool:
         """Whether the running interpreter is this environment's."""
         return os.path.realpath(sys.prefix) == os.path.realpath(self.path)
 
     def open(self, extras: "set[str]") -> bool:
-        """Makes or completes the environment if need be, and keeps it from changing until this process ends.
+        """Makes or completes the environment if need be, and keeps its packages from change until this process ends.
 
         Returns whether it was changed. Raises SetupError, OSError.
         """
-        self._acquire(exclusive=False)
-        if self._is_complete(extras):
-            return False
-        self._acquire(exclusive=True)
-        if not self._is_complete(extras):  # another start may have come first
-            self._make(extras)
-        self._acquire(exclusive=False)
-        return True
+        another = f"another start is making the environment (log: {self.shown(self.log)})"
+        self._making.acquire(shared=True, reason=another)
+        changed = not self._is_complete(extras)
+        if changed:
+            self._making.acquire(shared=False, reason=another)
+            if not self._is_complete(extras):  # another start may have come first
+                self._make(extras)
+        self._running.acquire(shared=True, reason=another)
+        self._making.release()
+        return changed
 
     def shown(self, path: str) -> str:
         """`path` as a person would write it: relative to the checkout if inside."""
@@ -144,40 +148,41 @@ class Environment:
         stamp = self._read_stamp()
         update = self._is_sound(stamp)
         extras = extras.union(stamp.get("extras", ()), ["cuda"] if has_nvidia_driver() else [])
-        target = self.root + "[{}]".format(",".join(sorted(extras))) if extras else self.root
+        if not update or stamp.get("inputs") != self._inputs():
+            self._running.acquire(
+                shared=False, reason="the environment must be changed, but a command is running in it"
+            )
+        target = f"{self.root}[{','.join(sorted(extras))}]" if extras else self.root
         with open(self.log, "w") as log:
             if update:
-                say("bringing the environment {} up to date (log: {})".format(*map(self.shown, (self.path, self.log))))
+                say(f"bringing the environment {self.shown(self.path)} up to date (log: {self.shown(self.log)})")
                 self._write_stamp(self.path, {})
             else:
-                say(
-                    "making the environment {} with Python {}.{}; this is done once (log: {})".format(
-                        self.shown(self.path), sys.version_info[0], sys.version_info[1], self.shown(self.log)
-                    )
-                )
+                say(f"making the environment {self.shown(self.path)}; this is done once (log: {self.shown(self.log)})")
                 check_modules("venv", "ensurepip")
                 self._clear()
-                self._run("creating it", self.venv_command + (self.path,), log)
-            pip = (self.python,) + self.pip_arguments + ("install", "--no-input", "--no-user", "-c", self._constraints)
+                self._run("creating it", [*self.venv_command, self.path], log)
+            pip = [self.python, *self.pip_arguments, "install", "--no-input", "--no-user", "-c", self._constraints]
             # pip's own build isolation would take the newest setuptools; this takes the pinned one.
-            self._run("installing setuptools", pip + ("setuptools",), log)
-            self._run("resolving versions", pip + ("--no-build-isolation", "-e", target), log)
+            self._run("installing setuptools", [*pip, "setuptools"], log)
+            self._run("resolving versions", [*pip, "--no-build-isolation", "-e", target], log)
         version = subprocess.check_output([self.python, "-I", "-c", "import sys; print(*sys.version_info[:2])"])
         made_from = {"root": self.root, "python": version.decode().split(), "inputs": self._inputs()}
         self._write_stamp(self.path, dict(made_from, extras=sorted(extras)))
-        say("environment ready after {:.0f} s".format(time.monotonic() - started))
+        say(f"environment ready after {time.monotonic() - started:.0f} s")
 
     def _is_complete(self, extras: "set[str]") -> bool:
         stamp = self._read_stamp()
-        if not self._is_sound(stamp) or stamp["inputs"] != self._inputs() or not extras.issubset(stamp["extras"]):
+        if not self._is_sound(stamp) or stamp.get("inputs") != self._inputs():
             return False
-        return "cuda" in stamp["extras"] or not has_nvidia_driver()
+        present = stamp.get("extras", ())
+        return extras.issubset(present) and ("cuda" in present or not has_nvidia_driver())
 
-    def _is_sound(self, stamp: "dict") -> bool:
-        """Whether the environment was finished once, in this place and for its present Python: pip can go on from it."""
+    def _is_sound(self, stamp: "dict[str, typing.Any]") -> bool:
+        """Whether it was finished once, in this place and for the Python that it has now: pip can go on from there."""
         if stamp.get("root") != self.root or not os.path.exists(self.python):
             return False
-        return not self.is_running() or stamp["python"] == [str(part) for part in sys.version_info[:2]]
+        return not self.is_running() or stamp.get("python") == [str(part) for part in sys.version_info[:2]]
 
     def _inputs(self) -> str:
         """Digest of what decides what is installed."""
@@ -189,7 +194,7 @@ class Environment:
         with open(self._constraints, "rb") as file:
             return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode() + file.read()).hexdigest()
 
-    def _read_stamp(self) -> "dict":
+    def _read_stamp(self) -> "dict[str, typing.Any]":
         try:
             with open(os.path.join(self.path, "headrace.json")) as file:
                 stamp = json.load(file)
@@ -197,7 +202,7 @@ class Environment:
             return {}
         return stamp if isinstance(stamp, dict) else {}
 
-    def _write_stamp(self, folder: str, stamp: "dict") -> None:
+    def _write_stamp(self, folder: str, stamp: "dict[str, typing.Any]") -> None:
         path = os.path.join(folder, "headrace.json")
         with open(path + ".new", "w") as file:
             json.dump(stamp, file)
@@ -212,35 +217,14 @@ class Environment:
             shutil.rmtree(leftover, ignore_errors=True)
         if os.path.lexists(self.path):
             if not os.path.exists(os.path.join(self.path, "headrace.json")):
-                raise SetupError(
-                    "{0} is there but was not made by headrace; move it away, or name another path in "
-                    "HEADRACE_VENV".format(self.path)
-                )
+                raise SetupError(f"{self.path} was not made by headrace; move it, or set HEADRACE_VENV to another path")
             os.rename(self.path, old)
             shutil.rmtree(old, ignore_errors=True)
         os.makedirs(new)
         self._write_stamp(new, {})
         os.rename(new, self.path)
 
-    def _acquire(self, exclusive: bool) -> None:
-        """Takes the lock: shared by those who run in the environment, exclusive for the one that changes it."""
-        import fcntl
-
-        if self._lock < 0:
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            self._lock = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-        try:
-            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(
-                "waiting: the environment has to be changed, but another command is running in it"
-                if exclusive
-                else "waiting: another start is making the environment (log: {})".format(self.shown(self.log))
-            )
-            fcntl.flock(self._lock, kind)
-
-    def _run(self, phase, command, log):  # type: ignore[no-untyped-def]
+    def _run(self, phase: str, command: "list[str]", log: "typing.IO[str]") -> None:
         """Runs `command`, its output to the file `log`, its progress to stderr. Raises SetupError if it fails."""
         # The child shares the lock: if this process is killed, the next start waits for the child to end.
         process = subprocess.Popen(
@@ -249,7 +233,7 @@ class Environment:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=[self._lock],
+            pass_fds=[self._making.descriptor],
             universal_newlines=True,
             errors="replace",
         )
@@ -257,7 +241,7 @@ class Environment:
         output = []
 
         def read() -> None:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 output.append(line)
                 log.write(line)
                 log.flush()
@@ -276,7 +260,33 @@ class Environment:
             reader.join(2)
             progress.close()
         if code:
-            raise SetupError("{} failed: {} (log: {})".format(phase, explain("".join(output)), self.shown(self.log)))
+            raise SetupError(f"{phase} failed: {explain(''.join(output))} (log: {self.shown(self.log)})")
+
+
+class Lock:
+    """A lock on a file: shared by many or exclusive to one, until it is released or the process ends."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.descriptor = -1
+
+    def acquire(self, shared: bool, reason: str) -> None:
+        """Takes the lock, or turns shared into exclusive and back. If that takes waiting, gives the `reason`."""
+        import fcntl  # not on Windows, which is told so before this
+
+        if self.descriptor < 0:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            self.descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(self.descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting: " + reason)
+            fcntl.flock(self.descriptor, kind)
+
+    def release(self) -> None:
+        os.close(self.descriptor)
+        self.descriptor = -1
 
 
 class Progress:
@@ -294,18 +304,20 @@ class Progress:
         found = re.match(r"\s*Downloading (?:\S*/)?(\w+-[^-\s]+)\S* (\(\S+ \S+\))", line)
         if found:
             self._phase = "downloading {} {}".format(*found.groups())
+        elif "connection broken" in line:
+            self._phase = "pip can't reach its package index and tries again"
         elif line.startswith("Collecting "):
             self._phase = "resolving " + line.split()[1]
         elif line.startswith("Installing collected packages: "):
-            self._phase = "of {} packages installed".format(line.count(",") + 1)
+            self._phase = f"of {line.count(',') + 1} packages installed"
             self._before = len(glob.glob(self._packages))
 
     def show(self) -> None:
         """To be called several times a second."""
         phase, now = self._phase, time.monotonic()
         if self._before >= 0:
-            phase = "{} {}".format(max(0, len(glob.glob(self._packages)) - self._before), phase)
-        text = "  {:4.0f} s  {}".format(now - self._began, phase)
+            phase = f"{max(0, len(glob.glob(self._packages)) - self._before)} {phase}"
+        text = f"  {now - self._began:4.0f} s  {phase}"
         if self._terminal:
             sys.stderr.write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
@@ -325,8 +337,7 @@ def check_modules(*names: str) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise SetupError(
-                "{} lacks the module {}; install it (Debian and Ubuntu: apt install python3-venv) and start "
-                "again".format(sys.executable, name)
+                f"{sys.executable} lacks the module {name}; install it (Debian and Ubuntu: apt install python3-venv)"
             )
 
 
@@ -344,18 +355,19 @@ def has_nvidia_driver() -> bool:
 def explain(output: str) -> str:
     """The reason for a failure, out of all that was printed, and what to do."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it printed nothing"]
-    errors = [line for line in lines if line.lower().startswith("error")] or lines
-    reason = errors[0] if "ResolutionImpossible" in output else errors[-1]
+    errors = [line.rstrip(".") for line in lines if line.lower().startswith("error")] or lines
     if "No space left on device" in output:
-        return reason + "; free some 2 GB (10 GB with CUDA), there and in the folder for temporary files, and start again"
+        return f"{errors[-1]}; free some 3 GB (10 GB with CUDA) there and in the folder for temporary files"
     if "ermission denied" in output or "Read-only file system" in output:
-        return reason + "; make it writable, or name a path in HEADRACE_VENV that is"
+        return f"{errors[-1]}; make it writable, or set HEADRACE_VENV to a path that is"
+    if "connection broken" in output:
+        return "pip can't reach its package index; look at the network and at `pip config list`"
     if "No matching distribution" in output or "ResolutionImpossible" in output:
-        return reason + "; see that pip reaches its package index and finds the versions of bin/constraints.txt there"
-    return reason
+        return f"{errors[0]}; pip's package index must have the versions that bin/constraints.txt names"
+    return errors[-1]
 
 
 def say(text: str) -> None:
     """A line to stderr: what is printed to stdout belongs to the command."""
-    sys.stderr.write("headrace: " + text + "\n")
+    sys.stderr.write(f"headrace: {text}\n")
     sys.stderr.flush()

@@ -29,7 +29,7 @@ SAMPLE_S = 1.0
 
 _EXAMPLE = """examples:
   bin/launch cluster.toml
-  bin/launch cluster.toml --set rl.num_steps=20 --set run.name=short
+  bin/launch cluster.toml --set rl.steps=20 --set run.name=short
   bin/launch cluster.toml --resume        after Ctrl-C, a crash or a reboot
 """
 
@@ -41,7 +41,9 @@ def launch_main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("cluster", help="the cluster file, for example cluster.toml")
-    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="override a key of the file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="override a key of the file"
+    )
     parser.add_argument("--check", action="store_true", help="validate everything, start nothing")
     parser.add_argument("--resume", action="store_true", help="go on with the run from its last checkpoint")
     parser.add_argument("--plain", action="store_true", help="one line per step, also on a terminal")
@@ -168,9 +170,9 @@ class _Launch:
         write_summary(self.dir.summary, self.summary)
 
     def _say_how_it_ended(self, finished: bool, reason: str) -> int:
-        from .summary import final_report
-
         if finished:
+            from .summary import final_report
+
             final_report(self.summary, self.dir.path)
             return 0
         where = f"{self.dir.path}/events.jsonl and {self.dir.path}/logs/ say more"

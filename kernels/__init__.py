@@ -3,5 +3,5 @@
 if __name__ == "kernels":
     raise ImportError(
         "this folder was imported as top-level `kernels`, which shadows the Hugging Face package of that name; "
-        "import `headrace.kernels`, and start Python with -P or PYTHONSAFEPATH=1 when the repository is the working folder"
+        "import `headrace.kernels`, and start Python with -P or PYTHONSAFEPATH=1 inside the repository"
     )

@@ -15,12 +15,12 @@ import importlib
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .actor import Actor, message
 from .cell import Cell
-from .codec import decode, encode
+from .codec import decode, encode, loads
 from .directory import Status
 from .mailbox import Lane
 from .node import Node
@@ -63,13 +63,16 @@ class NodeAgent(Actor):
             del node.cells[cell.name]
         if cell.up.done() and not cell.up.exception() and not self.done.is_set() and not cell.name.startswith("$"):
             packed = None if failure is None else pack_error(failure)
+            # At once, not when the root says so: a caller that asks again must wait, not find an empty place.
+            node.directory.update(replace(node.directory.get(cell.name), state="down", reason=str(failure or "stopped")))
             node.cast("$root", "actor_ended", (cell.name, cell.incarnation, packed), {})
 
     @message(concurrent=True, lane=Lane.SYSTEM, deadline_s=120.0)
-    async def spawn(self, name: str, incarnation: int, class_path: str, config: dict[str, Any]) -> None:
+    async def spawn(self, name: str, incarnation: int, class_path: str, config: bytes) -> None:
         """Starts an actor; returns when its `start` has. Raises what `start` raised."""
         node = self._require_node()
-        actor = load_actor(class_path)(**config)
+        kind = load_actor(class_path)  # Imports the types that its fields are of.
+        actor = kind(**loads(config))
         await self.host(node, actor, name, incarnation).up
 
     @message(concurrent=True, lane=Lane.SYSTEM)

@@ -30,7 +30,7 @@ from .actor import Actor
 from .launcher import NodeSpec
 from .rundir import RunSpec
 from .supervisor import RestartPolicy
-from .toml import Document, Keys, dump_value, nearest
+from .toml import ConfigError, Document, Keys, dump_value, nearest
 
 T = TypeVar("T")
 
@@ -112,8 +112,7 @@ def load_cluster(document: Document, tables: Mapping[str, type]) -> tuple[Cluste
 def build(document: Document, keys: Keys, cls: type[T], given: Mapping[str, Any] | None = None) -> T:
     """An instance of the dataclass `cls` from the table at `keys`; `given` are values of fields that are set elsewhere.
 
-    Raises ConfigError for unknown, missing and bad values, and for what `__post_init__` refuses with ValueError (a text
-    that begins with the name of a field is shown at that field).
+    Raises ConfigError for unknown, missing and bad values, and for what `__post_init__` refuses with ValueError.
     """
     return _build(document, keys, cls, _table(document, keys), given or {})
 
@@ -222,9 +221,17 @@ def _build(
     try:
         return cls(**values, **given)
     except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        at, text = ((*keys, name), rest) if name in accepted else (keys, str(error))
-        raise document.error(at, text) from None
+        raise _refused(document, keys, str(error), accepted) from None
+
+
+def _refused(document: Document, keys: Keys, text: str, fields: Iterable[str]) -> ConfigError:
+    """What `__post_init__` said, at the field that it names; of several, at one that the user has set."""
+    named = [word for word in re.findall(r"\w+", text) if word in fields]
+    written = [name for source in (document.overrides, document.lines) for name in named if (*keys, name) in source]
+    if not named:
+        return document.error(keys, text)
+    at = (written or named)[0]
+    return document.error((*keys, at), text.removeprefix(f"{at} "))
 
 
 def _convert(document: Document, keys: Keys, hint: Any, value: Any) -> Any:

@@ -66,7 +66,7 @@ class Journal:
             size = os.fstat(file.fileno()).st_size
             magic = file.read(len(MAGIC))
             if not MAGIC.startswith(magic):
-                raise JournalError(f"{self.path} is no journal of this version of headrace; move it away or name another")
+                raise JournalError(f"{self.path} is no journal of this version of headrace; move it away")
             self.num_bytes = len(magic) if magic == MAGIC else 0
             while self.num_bytes and (body := self._read_record(file, size)) is not None:
                 pack, *buffers = msgpack.unpackb(body)
@@ -138,8 +138,8 @@ class Journal:
         rest = [header] if length ^ inverse != _ONES else []
         if any(chunk.strip(b"\0") for chunk in (*rest, *iter(lambda: file.read(1 << 20), b""))):
             raise JournalError(
-                f"{self.path} is damaged at byte {self.num_bytes} of {size}. To go on with what is before it, cut it there "
-                f"(truncate -s {self.num_bytes} {self.path}); or start from a checkpoint without it"
+                f"{self.path} is damaged at byte {self.num_bytes} of {size}. To go on with what is before, run: "
+                f"truncate -s {self.num_bytes} {self.path}"
             )
         return None
 
@@ -177,7 +177,7 @@ def _record(value: object) -> bytes:
 
 
 def _claim(path: Path) -> int:
-    """Locks the journal by a file beside it, since `rewrite` replaces the journal itself. The kernel frees it at death."""
+    """Locks a file beside the journal, since `rewrite` replaces the journal itself. The kernel frees it at death."""
     lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

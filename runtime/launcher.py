@@ -69,9 +69,9 @@ class NodeProcess:
 
 
 def start_process(spec: NodeSpec, stdin: bytes, log: Path) -> NodeProcess:
-    """Starts `python -m headrace.runtime.agent` with `stdin` as its spec. Raises LaunchError."""
+    """Starts `headrace.runtime.agent.main` in a process of its own with `stdin` as its spec. Raises LaunchError."""
     package = __package__ or "headrace.runtime"
-    command = [sys.executable, "-P", "-m", f"{package}.agent"]
+    command = [sys.executable, "-P", "-c", f"from {package}.agent import main; main()"]
     env = {**os.environ, "PYTHONSAFEPATH": "1", **spec.env}
     try:
         with log.open("ab") as output:

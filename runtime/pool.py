@@ -2,8 +2,8 @@
 
     producers --put--> SamplePool --lease--> consumer --ack--> SamplePool
 
-What it keeps, and for how long, is in pool_state.py; which entries a lease gets is the policy's business. Knows nothing of
-what the entries are.
+What it keeps, and for how long, is in pool_state.py; which entries a lease gets is the policy's business. Knows nothing
+of what the entries are.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from typing import Annotated, Any, TypeVar
 from annotated_types import Ge, Gt
 
 from .actor import Actor, message
+from .entries import Entry as Entry
+from .entries import Lease as Lease
+from .entries import Policy as Policy
+from .entries import in_key_order
 from .journal import Journal
 from .mailbox import Lane
-from .pool_state import Entry, Lease, Policy, Pool, in_key_order
+from .pool_state import Pool
 
 T = TypeVar("T")
 
@@ -85,7 +89,7 @@ class SamplePool(Actor):
     async def lease(self, count: int, version: int, holder: str = "", at_least: int | None = None) -> Lease:
         """Lends up to `count` entries to `holder`; waits until the policy grants `at_least` (default: all).
 
-        A caller that gets an error instead can't know whether a lease was made: it calls `release_holder` and asks again.
+        A caller that gets an error instead can't know whether a lease was made: it calls `release_holder` first.
         """
         return await self._until(
             lambda: self._pool.lease(count, version, holder, at_least),
@@ -95,7 +99,7 @@ class SamplePool(Actor):
 
     @message
     async def ack(self, lease_id: int) -> int:
-        """Settles the entries of a lease for good; returns their number, 0 if that was done before. Raises LeaseLost."""
+        """Settles the entries of a lease for good; returns their number (0: done before). Raises LeaseLost."""
         return self._notify(self._pool.ack(lease_id))
 
     @message
@@ -115,7 +119,7 @@ class SamplePool(Actor):
 
     @message
     async def expect(self, pending: dict[int, int]) -> None:
-        """Says which entries are still to come (id -> started): all of them, each time anew. Their places are reserved."""
+        """Says which entries are still to come, id -> started: all of them, each time anew. Reserves their places."""
         self._pool.expect(pending)
         self._notify()
 

@@ -4,10 +4,10 @@
     (reserves a place)      ^                  |
                             '--- release, expiry, death of the holder
 
-An entry is never lost and never with two holders at once. Its id is used once for ever: putting it again is refused, also
-after it was settled. Which entries a lease gets is decided by a policy, a function of what waits, what is leased and what is
-still to come. With a journal every change is on file before it takes effect, so a pool that is killed comes back with the
-same entries and the same leases.
+An entry is never lost and never with two holders at once. Its id is used once for ever: putting it again is refused,
+also after it was settled. Which entries a lease gets is decided by a policy, a function of what waits, what is leased
+and what is still to come. With a journal every change is on file before it takes effect, so a pool that is killed comes
+back with the same entries and the same leases.
 
 Synchronous and for one thread; `pool.py` makes an actor of it. Knows nothing of what the payloads are: `version` and
 `started` are numbers that it keeps for the policy.
@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .codec import wire
+from .entries import Entry, Lease, Policy, Selection, View, in_key_order
 from .errors import LeaseLost, PoolFull
 from .journal import Journal
 
@@ -30,68 +30,6 @@ NUM_REMEMBERED = 1024
 
 COMPACT_BYTES = 64 << 20
 """A journal this long is compacted even between checkpoints, if that makes it half as long or less."""
-
-
-@wire
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """One thing in the pool."""
-
-    id: int
-    """Unique for ever, >= 0, and roughly increasing."""
-    key: tuple[float, ...]
-    """Priority: the smallest goes first."""
-    started: int
-    """Version of its oldest part."""
-    payload: Any
-    """Anything that can travel in a message."""
-    num_tokens: int = 0
-    """Its size, for statistics."""
-
-
-@wire
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lease:
-    """Entries lent to one holder until they are acked or released."""
-
-    id: int
-    version: int
-    entries: list[Entry]
-    expires_in_s: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class View:
-    """What a policy decides on."""
-
-    waiting: Sequence[Entry]
-    leased: Sequence[Entry]
-    """Entries leased under the same version."""
-    pending: Mapping[int, int]
-    """Announced entries that are still to come: id -> started."""
-    version: int
-    count: int
-    """Entries asked for."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Selection:
-    """What a policy decided."""
-
-    picks: Sequence[Entry]
-    """At most `view.count` of `view.waiting`, in the order in which the holder gets them."""
-    drops: Sequence[tuple[Entry, str]] = ()
-    """Entries that can never be used, each with the reason; they are settled at once."""
-    reason: str = ""
-    """Why there are not more picks."""
-
-
-Policy = Callable[[View], Selection]
-
-
-def in_key_order(view: View) -> Selection:
-    """The policy that looks at nothing but the key."""
-    return Selection(picks=sorted(view.waiting, key=lambda e: (e.key, e.id))[: view.count], reason="too few entries wait")
 
 
 @dataclass(slots=True)
@@ -151,8 +89,8 @@ class Pool:
         return id in self._entries or id in self._settled
 
     def has_room(self, id: int) -> bool:
-        """Whether this entry may be put now. An expected one always may: its place is reserved, for if it had to wait here,
-        it could wait for a lease that waits for it."""
+        """Whether this entry may be put now. An expected one always may: its place is reserved, for if it had to wait
+        here, it could wait for a lease that waits for it."""
         return id in self._pending or len(self._entries) + len(self._pending) < self.capacity
 
     def expect(self, pending: Mapping[int, int]) -> None:
@@ -305,10 +243,12 @@ class Pool:
     def _loan(self, lease_id: int) -> _Loan:
         loan = self._loans.get(lease_id)
         if loan is None:
-            raise LeaseLost(f"lease {lease_id} is over: it expired or was given back, and its entries may be with another")
+            raise LeaseLost(
+                f"lease {lease_id} is over: it expired or was released, and its entries may be with another"
+            )
         return loan
 
-    # Every change goes through `_commit`: first into the journal, then, by the function that replay uses too, into the state.
+    # A change goes first into the journal and then, by the function that replay uses too, into the state.
 
     def _commit(self, change: str, *details: Any) -> None:
         at = time.time()
@@ -390,7 +330,7 @@ class Pool:
 
 
 class _Ids:
-    """A set of numbers in which, in the long run, none is missing below the largest: kept as `all below` and a few above."""
+    """A set of numbers that in the long run has no gaps: all below one number, and a few above."""
 
     def __init__(self, below: int = 0, above: Iterable[int] = ()) -> None:
         self.below = below
@@ -407,8 +347,15 @@ class _Ids:
 
 
 _NOTHING: dict[str, Any] = {
-    "entries": [], "leases": {}, "next_lease": 0, "acked": [], "settled": (0, []), "counts": {}, "drops": {}, "history": {},
-}  # fmt: skip
+    "entries": [],
+    "leases": {},
+    "next_lease": 0,
+    "acked": [],
+    "settled": (0, []),
+    "counts": {},
+    "drops": {},
+    "history": {},
+}
 """The state of a pool that has seen nothing."""
 
 

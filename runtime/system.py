@@ -32,6 +32,7 @@ from typing import Any, Self
 
 from .actor import Actor, message
 from .agent import NodeAgent, agent_status, pack_spec, specs_of
+from .codec import dumps
 from .directory import Status
 from .errors import LaunchError, RestartBudgetExceeded, RuntimeFault
 from .events import EventLog
@@ -297,7 +298,7 @@ class System:
         path = f"{kind.__module__}:{kind.__qualname__}"
         fields = {f.name: getattr(child.actor, f.name) for f in dataclasses.fields(child.actor) if f.init}  # type: ignore[arg-type]
         agent = self.find(f"$node@{child.node}")
-        await agent.spawn(child.name, child.incarnation, path, fields)
+        await agent.spawn(child.name, child.incarnation, path, dumps(fields))
         self._set_status(child, "up", "")
         self.events.write(
             "actor_up", actor=child.name, node=child.node, incarnation=child.incarnation, pid=self.pids()[child.node]

@@ -68,14 +68,12 @@ class Document:
         return ConfigError(f"{where}: {self._label(keys)}: {text}")
 
     def _label(self, keys: Keys) -> str:
-        """("rl", "steps") -> '[rl] steps'; what is no table stands outside the brackets."""
+        """("rl", "steps") -> '[rl] steps'; what is a value, or is missing, stands outside the brackets."""
         value: Any = self.table
-        depth = 0
-        while depth < len(keys) and isinstance(value, dict):
-            value = value.get(keys[depth])
-            depth += isinstance(value, dict)
-        table, rest = keys[:depth], keys[depth:]
-        return " ".join(part for part in (f"[{'.'.join(table)}]" if table else "", ".".join(rest)) if part)
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        table, rest = (keys, ()) if isinstance(value, dict) else (keys[:-1], keys[-1:])
+        return " ".join(part for part in (f"[{'.'.join(table)}]" if table else "", *rest) if part)
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Document:
@@ -239,8 +237,8 @@ def _leaves(value: Any, keys: Keys) -> Iterable[tuple[Keys, Any]]:
 
 
 def _dump_table(table: Mapping[str, Any], keys: Keys) -> list[str]:
-    values = {k: v for k, v in table.items() if v is not None and not isinstance(v, dict)}
-    tables = {k: v for k, v in table.items() if isinstance(v, dict)}
+    tables = {k: v for k, v in table.items() if isinstance(v, dict) and v}
+    values = {k: v for k, v in table.items() if v is not None and k not in tables}
     lines = [f"\n[{'.'.join(map(_dump_key, keys))}]"] if keys and (values or not tables) else []
     lines += [f"{_dump_key(key)} = {dump_value(value)}" for key, value in values.items()]
     for key, inner in tables.items():

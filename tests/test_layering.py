@@ -36,7 +36,7 @@ def package_of(path: Path) -> list[str]:
 
 
 def imports(source: str, package: list[str]) -> Iterator[tuple[int, str]]:
-    """Line and absolute dotted name of all that `source` imports, wherever it does so; of names too, which may be modules."""
+    """Line and dotted name of all that `source` imports, anywhere in it, names included: they may be modules."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:

@@ -118,7 +118,9 @@ def test_greedy_decoding_equals_transformers() -> None:
         answers.append(decoder.step(cache, answers[-1], torch.tensor([4, 9, 1]) + i).argmax(-1))
     ours = torch.stack(answers, 1)
     for prompt, answer in zip(prompts, ours, strict=True):
-        theirs = peer(model).generate(torch.from_numpy(prompt)[None], max_new_tokens=21, do_sample=False, eos_token_id=-1)
+        theirs = peer(model).generate(
+            torch.from_numpy(prompt)[None], max_new_tokens=21, do_sample=False, eos_token_id=-1
+        )
         assert theirs[0, len(prompt) :].tolist() == answer.tolist()
 
 
@@ -192,6 +194,15 @@ def test_files_go_to_transformers_and_back(tmp_path: Path, config: ModelConfig) 
         assert loaded_config == config
         assert tensors.keys() == weights(model).keys()
         assert all(np.array_equal(tensors[name], value) for name, value in weights(model).items())
+
+
+def test_bfloat16_files_load_as_fp32(tmp_path: Path) -> None:
+    model = random_model(TINY)
+    peer(model).to(torch.bfloat16).save_pretrained(tmp_path)
+    _, tensors = checkpoint.load(tmp_path)
+    for name, value in weights(model).items():
+        assert tensors[name].dtype == np.float32
+        assert np.array_equal(tensors[name], torch.from_numpy(value).bfloat16().float().numpy()), name
 
 
 def test_split_and_fuse_are_inverse() -> None:

@@ -32,7 +32,15 @@ def test_a_number_does_not_depend_on_what_it_is_drawn_with():
 
 
 def test_every_part_of_key_and_counter_matters():
-    variants = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2), (1, 1, -1, 1), (1, 1, 1 + 2**32, 1)]
+    variants = [
+        (1, 1, 1, 1),
+        (2, 1, 1, 1),
+        (1, 2, 1, 1),
+        (1, 1, 2, 1),
+        (1, 1, 1, 2),
+        (1, 1, -1, 1),
+        (1, 1, 1 + 2**32, 1),
+    ]
     drawn = {tuple(uniforms(*variant, 4)) for variant in variants}
     assert len(drawn) == len(variants)
 

@@ -17,31 +17,33 @@ def judged(text, answer, *, ended=True):
 @pytest.mark.parametrize(
     ("text", "right"),
     [
-        ("a+2=2b+7=9c-7=2#2", True),
-        ("#2", True),
-        ("a+2=9#3#2", True),
-        ("a+2=2b+7=9c-7=2#3", False),
-        ("a+2=2b+7=9c-7=2", False),
-        ("2", False),
+        ("a+2=02b+7=09c-7=02#02", True),
+        ("#02", True),
+        ("a+2=09#03#02", True),
+        ("a+2=02b+7=09c-7=02#03", False),
+        ("a+2=02b+7=09c-7=02", False),
+        ("02", False),
         ("#", False),
         ("", False),
-        ("#02", False),
+        ("#2", False),
         ("#+2", False),
-        ("#2=", False),
-        ("#2#", False),
-        ("#22", False),
+        ("#02=", False),
+        ("#02#", False),
+        ("#002", False),
     ],
 )
 def test_the_text_after_the_last_mark_counts(text, right):
-    assert judged(text, "2") is right
+    assert judged(text, "02") is right
 
 
 def test_an_answer_that_did_not_end_is_wrong():
-    assert not judged("a+2=2b+7=9c-7=2#2", "2", ended=False)
-    assert not judge_running_sum(np.zeros(0, np.int32), "2").correct
+    assert not judged("a+2=02b+7=09c-7=02#02", "02", ended=False)
+    assert not judge_running_sum(np.zeros(0, np.int32), "02").correct
 
 
-@given(st.lists(st.integers(-5, 200) | st.integers(-(2**31), 2**31 - 1), max_size=60), st.sampled_from(["0", "7", "42"]))
+@given(
+    st.lists(st.integers(-5, 200) | st.integers(-(2**31), 2**31 - 1), max_size=60), st.sampled_from(["00", "07", "42"])
+)
 def test_any_output_gets_a_verdict(ids, answer):
     verdict = judge_running_sum(np.array(ids, np.int32), answer)
     assert not verdict.error
@@ -58,4 +60,4 @@ def test_the_demonstrated_share_of_right_answers():
     examples = task.demonstrations(0, np.arange(1000), task.max_operands)
     right = [judge_running_sum(example.response, example.prompt.answer).correct for example in examples]
     assert all(judge_running_sum(task.solve(e.prompt), e.prompt.answer).correct for e in examples)
-    assert 0.4 < np.mean(right) < 0.65
+    assert 0.3 < np.mean(right) < 0.6

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+
 from headrace.runtime.rundir import RunDirectory, RunSpec, drop_half_line, read_summary, write_atomically
 from headrace.runtime.toml import ConfigError
 

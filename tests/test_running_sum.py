@@ -19,7 +19,7 @@ from headrace.actors.data.running_sum import (
 from headrace.runtime.codec import decode as unpack
 from headrace.runtime.codec import encode as pack
 
-LINE = re.compile(r"([a-z])([+-]\d)=(\d+)")
+LINE = re.compile(r"([a-z])([+-]\d)=(\d\d)")
 
 tasks = st.builds(
     RunningSum,
@@ -38,7 +38,7 @@ def parsed(prompt_text):
 
 
 def test_the_example_of_the_module():
-    response = "a+2=2b+7=9c-7=2#2"
+    response = "a+2=02b+7=09c-7=02#02"
     assert [VOCABULARY[token] for token in encode("a+2b+7c-7=")] == ["a", "+2", "b", "+7", "c", "-7", "="]
     assert decode(np.append(encode(response), EOS_ID)) == response
 
@@ -54,7 +54,7 @@ def test_problems_obey_their_rules_and_the_answer_is_their_sum(task, seed, ordin
         assert 2 <= len(operands) == prompt.size <= task.max_operands
         assert 1 <= min(map(abs, operands)) and max(map(abs, operands)) <= task.max_operand
         assert 0 <= totals.min() and totals.max() <= 99
-        assert prompt.answer == str(totals[-1])
+        assert prompt.answer == f"{totals[-1]:02d}"
         assert prompt.tokens.dtype == np.int32 and len(prompt.tokens) <= task.max_prompt_tokens
 
         solution = task.solve(prompt)

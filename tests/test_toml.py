@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from headrace.runtime import toml
-from headrace.runtime.toml import ConfigError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from headrace.runtime import toml
+from headrace.runtime.toml import ConfigError
 
 KEYS = st.text(min_size=1, max_size=8)
 SCALARS = st.one_of(
@@ -22,7 +23,9 @@ SCALARS = st.one_of(
 )
 VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=4))
 TABLES = st.recursive(
-    st.dictionaries(KEYS, VALUES, max_size=4), lambda inner: st.dictionaries(KEYS, inner | VALUES, max_size=4), max_leaves=8
+    st.dictionaries(KEYS, VALUES, max_size=4),
+    lambda inner: st.dictionaries(KEYS, inner | VALUES, max_size=4),
+    max_leaves=8,
 )
 
 

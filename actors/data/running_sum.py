@@ -1,7 +1,7 @@
 """The labelled running sum: add and subtract single digits, writing down every partial total.
 
     prompt     a+2b+7c-7=
-    response   a+2=2b+7=9c-7=2#2<eos>
+    response   a+2=02b+7=09c-7=02#02<eos>
 
 A response is long when the problem is, it can go wrong at every step, and one comparison judges it: what a reasoning
 task needs, on a scale that two CPU cores learn in minutes. Problem number `ordinal` of a seed is always the same.
@@ -64,7 +64,7 @@ class RunningSum:
     """Number of operands = 2 + geometric(length_decay), at most `max_operands`."""
     max_operand: Annotated[int, Ge(1), Le(9)] = 9
     """Operands are 1..max_operand, with a sign that keeps all totals within 0..99."""
-    subtraction: Annotated[float, Ge(0), Le(1)] = 0.5
+    subtraction: Annotated[float, Ge(0), Le(1)] = 0.3
     """Share of subtractions where both signs are possible; below 0.5 totals grow with the length."""
     bias: Annotated[float, Ge(0), Le(1)] = 0.5
     """How often the demonstrator forgets a carry or borrow."""
@@ -144,7 +144,7 @@ class RunningSum:
             total += -operand if minus else operand
             text += [string.ascii_lowercase[i], f"{'-' if minus else '+'}{operand}"]
         tokens = np.array([_ID[t] for t in (*text, "=")], np.int32)
-        return Prompt(ordinal=ordinal, tokens=tokens, answer=str(total), size=size)
+        return Prompt(ordinal=ordinal, tokens=tokens, answer=_digits(total), size=size)
 
     def _biased_totals(self, operands: list[int], u: list[float]) -> list[int]:
         total, totals = 0, []
@@ -162,8 +162,8 @@ class RunningSum:
     def _write(self, operands: list[int], totals: list[int]) -> np.ndarray:
         ids = []
         for label, operand, total in zip(string.ascii_lowercase, operands, totals, strict=False):
-            ids += [_ID[label], _ID[f"{operand:+d}"], _ID["="], *(_ID[digit] for digit in str(total))]
-        ids += [_ID["#"], *(_ID[digit] for digit in str(totals[-1])), EOS_ID]
+            ids += [_ID[label], _ID[f"{operand:+d}"], _ID["="], *(_ID[digit] for digit in _digits(total))]
+        ids += [_ID["#"], *(_ID[digit] for digit in _digits(totals[-1])), EOS_ID]
         return np.array(ids, np.int32)
 
 
@@ -196,3 +196,7 @@ def decode(tokens: np.ndarray) -> str:
     if ids and ids[-1] == EOS_ID:
         ids.pop()
     return "".join(VOCABULARY[i] if 0 <= i < len(VOCABULARY) else f"<{i}>" for i in ids)
+
+
+def _digits(total: int) -> str:
+    return f"{total:02d}"

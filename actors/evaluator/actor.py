@@ -12,6 +12,7 @@ from ...runtime import Actor, message, wire
 from ..data import running_sum
 from ..data.running_sum import RunningSum
 from ..rollout.requests import Request
+from ..trainer.settings import RlSettings
 from ..types import Group, Prompt, Trajectory
 from .settings import EvaluationSettings
 
@@ -58,7 +59,7 @@ class Evaluator(Actor):
 
     task: RunningSum
     evaluation: EvaluationSettings
-    max_new_tokens: int = 180
+    rl: RlSettings
 
     @message(deadline_s=600.0)
     async def evaluate(self) -> Evaluation:
@@ -100,7 +101,7 @@ class Evaluator(Actor):
         requests = [
             Request(
                 key=i, ordinal=group.prompt.ordinal, prompt=group.prompt.tokens, members=list(range(samples)),
-                max_new_tokens=self.max_new_tokens, temperature=temperature,
+                max_new_tokens=self.rl.max_new_tokens, temperature=temperature,
             )
             for i, group in groups.items()
         ]  # fmt: skip

@@ -47,9 +47,8 @@ class PackedAttention:
         rows = [num * width for num, width in self._buckets]
         padded = [x.index_select(0, self._pad).split(rows) for x in (q, k, v)]
         outputs = []
-        for bucket, *qkv in zip(self._buckets, *padded, strict=True):
-            out = F.scaled_dot_product_attention(
-                *(x.unflatten(0, bucket).transpose(1, 2) for x in qkv), is_causal=True, enable_gqa=True
-            )
+        for bucket, *parts in zip(self._buckets, *padded, strict=True):
+            a, b, c = (part.unflatten(0, bucket).transpose(1, 2) for part in parts)
+            out = F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)
             outputs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, self._unpad)

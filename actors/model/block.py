@@ -1,11 +1,12 @@
-"""The mathematics of one Qwen3-MoE layer, once, for training, prefill and decoding. Knows nothing of parameters or caches.
+"""The mathematics of one Qwen3-MoE layer, the same for training, prefill and decoding.
 
     x -> norm -> q, k, v -> norm, rotate -> attend -> out -> +x -> norm -> gate -> experts -> +
 
-What differs between training and generation is only how queries meet keys, so that is an argument (`Attend`).
+What differs between training and generation is only how queries meet keys, so that is an argument (`Attend`). Knows
+nothing of parameters, their gradients or caches.
 Shapes: T tokens (of any sequences), d width, H query heads, G key/value heads, D head width, E experts, f their width.
-Queries and keys are kept with the two halves of each head interleaved (see `fuse`), so that a rotation is one
-complex product; products of queries and keys do not notice. The weights of a norm are folded into the matrices after it.
+Queries and keys are kept with the two halves of each head interleaved (see `fuse`), so that a rotation is one complex
+product; products of queries and keys do not notice. The weights of a norm are folded into the matrices after it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class LayerWeights(NamedTuple):
 
 
 def fuse(config: ModelConfig, tensor: Callable[[str], Tensor]) -> LayerWeights:
-    """Puts the weights of a layer, found by their Hugging Face names in it, in the form of LayerWeights; differentiable."""
+    """Puts the weights of a layer, found by their Hugging Face names, in the form of LayerWeights; differentiable."""
     heads, kv_heads = config.num_heads, config.num_kv_heads
     q, k, v = (tensor(f"self_attn.{name}_proj.weight") for name in "qkv")
     q_norm, k_norm = (_interleave(tensor(f"self_attn.{name}_norm.weight"), 1) for name in "qk")
@@ -59,7 +60,9 @@ def fuse(config: ModelConfig, tensor: Callable[[str], Tensor]) -> LayerWeights:
 
 def _interleave(weight: Tensor, heads: int) -> Tensor:
     """Rows of each head from (first half, second half) to pairs."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    paired: Tensor = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return paired
+
 
 def rotations(config: ModelConfig) -> Tensor:
     """Unit complex numbers by which position p turns pair i of a head: [max_positions, D / 2] complex64."""
@@ -70,7 +73,10 @@ def rotations(config: ModelConfig) -> Tensor:
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """x / root mean square over the last dimension."""
-    return _UnitRms.apply(x, eps) if torch.is_grad_enabled() else _unit_rms(x, eps)[0]
+    if not torch.is_grad_enabled():
+        return _unit_rms(x, eps)[0]
+    y: Tensor = _UnitRms.apply(x, eps)  # type: ignore[no-untyped-call]
+    return y
 
 
 def _unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

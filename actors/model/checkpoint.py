@@ -57,10 +57,13 @@ def load(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
         config = from_hugging_face(json.loads((folder / "config.json").read_text()))
         tensors: dict[str, np.ndarray] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, "numpy") as file:
-                tensors.update({name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()})
+            with safe_open(path, "pt") as file:  # numpy could not read bfloat16
+                names: list[str] = list(file.keys())
+                tensors |= {name: file.get_tensor(name).float().numpy() for name in names}
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no readable model: {error}; give a folder with config.json") from None
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
     return config, fuse_experts(tensors)
 
 
@@ -81,7 +84,7 @@ def split_experts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def fuse_experts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One matrix per expert and projection to fused experts; what is fused already stays. Inverse of `split_experts`."""
+    """Inverse of `split_experts`; what is fused already stays. Raises ValueError if a part is missing."""
     result: dict[str, np.ndarray] = {}
     experts: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     for name, tensor in tensors.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Gt, Ge
+from annotated_types import Ge, Gt
 
 from ...runtime.codec import wire
 

@@ -1,7 +1,8 @@
-"""Qwen3-MoE for generation: prefill and one-token steps over a cache of keys and values. Knows nothing of sampling or requests.
+"""Qwen3-MoE for generation: prefill and one-token steps over a cache of keys and values.
 
 The cache has `num_slots` rows; whoever drives the decoder decides which sequence lives in which. A step works on the
-first B rows, so a driver keeps its live sequences there (`KvCache.copy` moves one).
+first B rows, so a driver keeps its live sequences there (`KvCache.copy` moves one). Knows nothing of sampling or
+requests.
 """
 
 from __future__ import annotations
@@ -72,9 +73,10 @@ class Decoder:
         def tensor(name: str) -> Tensor:
             return torch.tensor(tensors[name])
 
-        self._layers: list[LayerWeights] = [
-            fuse(self.config, lambda name, i=i: tensor(f"model.layers.{i}.{name}")) for i in range(self.config.num_layers)
-        ]
+        def layer(index: int) -> LayerWeights:
+            return fuse(self.config, lambda name: tensor(f"model.layers.{index}.{name}"))
+
+        self._layers = [layer(index) for index in range(self.config.num_layers)]
         self._embed = tensor("model.embed_tokens.weight")
         head = self._embed if self.config.tie_word_embeddings else tensor("lm_head.weight")
         self._head = head * tensor("model.norm.weight")

@@ -33,6 +33,8 @@ class Output(NamedTuple):
 class Qwen3Moe(nn.Module):
     """The model. Its parameters are drawn from `seed` and nothing else; norms begin at one."""
 
+    rotations: Tensor
+
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config

@@ -1,0 +1,3 @@
+"""Rewards: actors that turn verdicts into numbers."""
+
+from .actor import Reward as Reward

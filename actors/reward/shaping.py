@@ -1,4 +1,4 @@
-"""What is added to a verdict before it becomes a reward. Plain functions of lengths; knows nothing of models or actors."""
+"""What is added to a verdict before it becomes a reward. Plain functions; knows nothing of models or actors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ def soft_overlong_punishment(num_tokens: int, *, max_tokens: int, cache_tokens: 
     beyond max_tokens. Raises ValueError if cache_tokens is not in 0..max_tokens.
     """
     if not 0 <= cache_tokens <= max_tokens:
-        raise ValueError(f"cache_tokens must be 0..max_tokens ({max_tokens}), got {cache_tokens}; it is a part of the budget")
+        raise ValueError(
+            f"cache_tokens is part of the budget and must be 0..{max_tokens} (max_tokens), got {cache_tokens}"
+        )
     if num_tokens > max_tokens:
         return -1.0
     return min(0.0, (max_tokens - cache_tokens - num_tokens) / cache_tokens) if cache_tokens else 0.0

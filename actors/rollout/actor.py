@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from ...runtime import Actor, Lane, message
-from ...runtime.cluster import RunSpec
 from ...runtime.exchange import Manifest, Receiver
+from ...runtime.rundir import RunSpec
 from ..data.running_sum import RunningSum
 from ..model.config import ModelConfig
+from ..trainer.settings import RlSettings
 from .requests import Chunk, Request
 
 if TYPE_CHECKING:
@@ -40,10 +41,9 @@ class Rollout(Actor):
     run: RunSpec
     model: ModelConfig
     task: RunningSum
+    rl: RlSettings
     num_slots: Annotated[int, Ge(1)] = 128
     """Responses that are generated at once."""
-    max_new_tokens: Annotated[int, Ge(1)] = 180
-    """Longest response; requests may ask for less."""
     chunk_tokens: Annotated[int, Ge(1)] = 32
     """Tokens of a response between two chunks: what a kill costs at most."""
 
@@ -166,7 +166,7 @@ class Rollout(Actor):
             return
         self._engine = Engine(
             self.model, tensors, version=manifest.version, num_slots=self.num_slots,
-            max_prompt_tokens=self.task.max_prompt_tokens, max_new_tokens=self.max_new_tokens,
+            max_prompt_tokens=self.task.max_prompt_tokens, max_new_tokens=self.rl.max_new_tokens,
             eos_id=self.task.eos_id, seed=self.run.seed, chunk_tokens=self.chunk_tokens,
         )  # fmt: skip
 

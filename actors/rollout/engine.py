@@ -1,9 +1,9 @@
 """Generates responses with continuous batching: every step adds one token to each live response.
 
-    submit -> waiting -> prefilled, in a spare cache slot -> live, in a slot of its own -> ended: its last Chunk is handed out
-                                                              |  flush: hands out what there is
-                                                              |  load: new weights, the cache stays
-                                                              '- cancel
+    submit -> waiting -> prefilled, in a spare slot -> live, in a slot of its own -> ended: its last Chunk
+                                                        |  flush: hands out what there is
+                                                        |  load: new weights, the cache stays
+                                                        '- cancel
 
 A prompt is prefilled once, with others that wait, and copied to the members of its group as they get slots. Random
 numbers are counter-based: a response depends on the weights, the seed, its prompt's ordinal, its member index and the
@@ -82,7 +82,7 @@ class _Waiting:
 
 
 class Engine:
-    """See the module. Both `weights` and those that `load` takes are fp32, by Hugging Face name, of policy version `version`."""
+    """See the module. Weights, here and in `load`, are fp32, by Hugging Face name, and of policy version `version`."""
 
     def __init__(
         self,
@@ -189,7 +189,9 @@ class Engine:
         Raises FloatingPointError if log-probabilities are not finite: no response has changed then, and all are
         computed anew, from their tokens so far, at the next step.
         """
-        logits = torch.cat([self._decode(), *self._admit()])
+        logits = self._decode()
+        if admitted := self._admit():
+            logits = torch.cat([logits, *admitted])
         if len(logits) == 0:
             return self.flush()
         temperatures, randoms = self._slots.randomness()
@@ -250,6 +252,8 @@ class Engine:
         chunks, self._outbox = self._outbox, []
         ended = stopped | self._slots.used_up()
         due = ended | (self._slots.num_held_back() >= self._chunk_tokens)
+        if not due.any():
+            return chunks
         for slot in np.flatnonzero(due).tolist():
             finish: Finish = "" if not ended[slot] else "stop" if stopped[slot] else "length"
             chunk = self._slots.hand_out(slot, self._version, finish)
@@ -268,7 +272,7 @@ class Engine:
     def _free(self, slots: np.ndarray) -> None:
         """`slots`: int64 [n], ascending."""
         for source, target in self._slots.free(slots):
-            self._cache.copy(source, [target], self._slots.num_tokens(target))
+            self._cache.copy(source, [target], self._slots.num_cached(target))
 
     def _forget_prefilled(self) -> None:
         for waiting in self._waiting:

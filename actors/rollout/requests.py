@@ -10,6 +10,9 @@ import numpy as np
 from ...runtime.codec import wire
 from ..types import Finish
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+"""Beyond these logits lose their meaning in fp32."""
+
 
 @wire
 @dataclass(kw_only=True, slots=True)
@@ -63,20 +66,26 @@ def check_request(
         )
     if not 1 <= request.max_new_tokens <= max_new_tokens:
         raise refuse(f"max_new_tokens must be 1..{max_new_tokens} (the engine's), got {request.max_new_tokens}")
-    if not 0 <= request.temperature < np.inf:
-        raise refuse(f"temperature must be 0 (greedy) or positive and finite, got {request.temperature}")
+    if request.temperature != 0 and not MIN_TEMPERATURE <= request.temperature <= MAX_TEMPERATURE:
+        raise refuse(
+            f"temperature must be 0 (greedy) or {MIN_TEMPERATURE}..{MAX_TEMPERATURE}, got {request.temperature}"
+        )
     if not request.members or min(request.members) < 0 or len(set(request.members)) < len(request.members):
         raise refuse(f"members must be distinct indices from 0 up, at least one, got {request.members}")
     if request.prefixes and len(request.prefixes) != len(request.members):
-        raise refuse(f"prefixes must be none or one for each of {len(request.members)} members, got {len(request.prefixes)}")
+        raise refuse(
+            f"prefixes must be none or one for each of {len(request.members)} members, got {len(request.prefixes)}"
+        )
     for member, prefix in zip(request.members, request.prefixes, strict=False):
         _check_ids(prefix, f"the prefix of member {member}", vocab_size, refuse)
         if len(prefix) >= request.max_new_tokens or eos_id in prefix:
-            raise refuse(f"member {member} has finished: its prefix ends the response or fills max_new_tokens; leave it out")
+            raise refuse(
+                f"member {member} has finished: its prefix ends the response or fills max_new_tokens; leave it out"
+            )
 
 
-def _check_ids(ids: np.ndarray, what: str, vocab_size: int, refuse: Callable[[str], ValueError]) -> None:
-    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+def _check_ids(ids: object, what: str, vocab_size: int, refuse: Callable[[str], ValueError]) -> None:
+    if not (isinstance(ids, np.ndarray) and ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)):
         raise refuse(f"{what} must be a one-dimensional integer array")
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise refuse(f"{what} has token ids {ids.min()}..{ids.max()} outside the vocabulary 0..{vocab_size - 1}")

@@ -1,1 +1,3 @@
-"""The stream between rollout and trainer: who may start, who is trained next, and where every group is."""
+"""The stream between rollout and trainer: what may be started, what is trained next, and where every group is."""
+
+from .pool import StreamPool as StreamPool

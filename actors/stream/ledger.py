@@ -6,15 +6,16 @@
                 partial
     running, partial --filter--> filtered      running, partial --fail--> failed
 
-At every instant  submitted = running + partial + accepted + filtered + failed  and  accepted = pooled + leased + trained +
-dropped; `check` says so. A group that is filtered or fails gives its slot back by leaving `untrained`. Knows nothing of
-actors, and decides nothing: see policy.py.
+At every instant  submitted = running + partial + accepted + filtered + failed  and  accepted = pooled + leased +
+trained + dropped; `check` says so. A group that is filtered or fails gives its slot back by leaving `untrained`. Knows
+nothing of actors, and decides nothing: see policy.py.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 NUM_ENDS = 4096
@@ -59,11 +60,16 @@ class Ledger:
         self.running[id] = self.partial.pop(id)
 
     def accept(self, id: int, started: int | None = None, num_tokens: int = 0) -> None:
-        """The group is finished and goes to the pool; `started` is the true version of its oldest token."""
-        bound = self._leave(id)
-        assert started is None or started >= bound, f"group {id} is older ({started}) than was said at its start ({bound})"
-        self.pooled[id] = bound if started is None else started
+        """The group is finished and in the pool; `started` is the true version of its oldest token.
+
+        Only the size is noted if `take` came first: the answers to a put and to a lease may overtake each other.
+        """
         self._num_tokens[id] = num_tokens
+        if id in self.leased:
+            return
+        bound = self._leave(id)
+        assert started is None or started >= bound, f"group {id} started at {started}, before its submission ({bound})"
+        self.pooled[id] = bound if started is None else started
         self.totals["accepted"] += 1
 
     def filter(self, id: int) -> None:
@@ -81,6 +87,8 @@ class Ledger:
     def take(self, ids: Iterable[int]) -> None:
         """The pool has lent these for the present step."""
         for id in ids:
+            if id not in self.pooled:
+                self.accept(id)
             self.leased[id] = self.pooled.pop(id)
 
     def give_back(self, ids: Iterable[int]) -> None:
@@ -130,7 +138,7 @@ class Ledger:
         """
         ends = [dropped for _, dropped in sorted(self._ends)]
         cuts = [len(ends) * k // 10 for k in range(11)]
-        return [sum(ends[a:b]) / max(1, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [sum(ends[a:b]) / max(1, b - a) for a, b in pairwise(cuts)]
 
     def snapshot(self) -> dict[str, Any]:
         """The state as a value that can travel."""

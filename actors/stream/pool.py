@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...runtime.pool import SamplePool
-from ...runtime.pool_state import Policy
-from .policy import StreamPolicy
+from ...runtime.pool import Policy, SamplePool
+from ..trainer.settings import RlSettings
+from .policy import stream_policy
 
 
 @dataclass(kw_only=True)
 class StreamPool(SamplePool):
-    """Entries are groups, `id` their ordinal, `started` the version of their oldest token, `key` by `policy.priority`."""
+    """Entries are groups, `id` their ordinal, `started` the version of their oldest token, `key` by
+    `policy.priority`."""
 
-    stream: StreamPolicy
-    """What is trained next."""
+    rl: RlSettings
+    """Says what is trained next: batch, staleness bound, completion ratio."""
 
     def __post_init__(self) -> None:
-        if self.capacity < self.stream.batch:
+        if self.capacity < self.rl.groups_per_step:
             raise ValueError(
-                f"capacity must hold a batch: at least {self.stream.batch} groups, got {self.capacity}; "
+                f"capacity must hold a batch: at least {self.rl.groups_per_step} groups, got {self.capacity}; "
                 "raise it, or make the batch smaller"
             )
 
     def policy(self) -> Policy:
         """See StreamPolicy."""
-        return self.stream
+        return stream_policy(self.rl)

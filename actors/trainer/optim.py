@@ -1,7 +1,7 @@
 """Muon for hidden matrices, AdamW for everything else, one learning-rate schedule. Knows nothing of losses.
 
-Muon (Jordan et al. 2024): the momentum of a matrix, made nearly orthogonal by five Newton-Schulz steps, is the update, so
-that all directions of a matrix learn alike. The experts of a layer are one tensor [E, out, in] and E matrices.
+Muon (Jordan et al. 2024): the momentum of a matrix, made nearly orthogonal by five Newton-Schulz steps, is the update,
+so that all its directions learn alike. The experts of a layer are one tensor [E, out, in] and E matrices.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Schedule(NamedTuple):
 
     def scale(self, step: int) -> float:
         """Factor of the learning rates at `step` (from 0); past the end it stays at final_ratio."""
-        rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
         decay_steps = self.decay_ratio * self.steps
         left = min(1.0, max(0.0, self.steps - step) / decay_steps) if decay_steps else 1.0
         return rise * (self.final_ratio + (1 - self.final_ratio) * left)
@@ -102,19 +102,28 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes the moments that `state` gave. Raises ValueError if they are of other parameters or settings."""
+        """Takes what `state` gave. Raises ValueError, with nothing changed, if it is of another optimizer."""
+        adamw = {name for name in self._parameters if name not in self._momentum}
+        kinds: dict[str, dict[str, Tensor]] = {}
         for key, array in arrays.items():
             kind, _, name = key.partition(":")
-            parameter = self._parameters.get(name)
-            if parameter is None or (kind == "momentum") != (name in self._momentum):
-                raise ValueError(f"optimizer state {key!r} fits no parameter; it was saved with other settings")
-            value = torch.tensor(array)
-            if kind != "step" and value.shape != parameter.shape:
-                raise ValueError(f"optimizer state {key!r} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
-            if kind == "momentum":
-                self._momentum[name] = value
-            else:
-                self._adamw.state[parameter][kind] = value
+            kinds.setdefault(kind, {})[name] = torch.tensor(array)
+        for kind, values in kinds.items():
+            if values.keys() != (self._momentum.keys() if kind == "momentum" else adamw):
+                raise ValueError(
+                    f"the optimizer state has {kind} for other parameters; it was saved with other settings"
+                )
+            for name, value in values.items():
+                if kind != "step" and value.shape != self._parameters[name].shape:
+                    raise ValueError(
+                        f"the optimizer state of {name} has shape {tuple(value.shape)}; it is of another model"
+                    )
+        for kind, values in kinds.items():
+            for name, value in values.items():
+                if kind == "momentum":
+                    self._momentum[name] = value
+                else:
+                    self._adamw.state[self._parameters[name]][kind] = value
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -128,10 +137,12 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T, from X / |X|; zero stays zero.
     """
     a, b, c = _NEWTON_SCHULZ
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    shape = matrices.shape
+    x = matrices.reshape(-1, *shape[-2:])
+    tall = shape[-2] > shape[-1]
+    x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     for _ in range(steps):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(shape)

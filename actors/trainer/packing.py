@@ -20,11 +20,14 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     Returns indices into `lengths`; every index once, ascending in its micro-batch. A sequence longer than `max_tokens`
     is alone in its micro-batch.
     """
-    num_bins = max(1, math.ceil(sum(lengths) / max_tokens))
+    alone = [[i] for i, length in enumerate(lengths) if length > max_tokens]
+    rest = [i for i, length in enumerate(lengths) if length <= max_tokens]
+    loads = [lengths[i] for i in rest]
+    num_bins = math.ceil(sum(loads) / max_tokens)
     while True:
-        bins = [b for b in balance(lengths, num_bins) if b]
-        if all(len(b) == 1 or sum(lengths[i] for i in b) <= max_tokens for b in bins):
-            return bins
+        bins = [[rest[i] for i in b] for b in balance(loads, num_bins) if b]
+        if all(sum(lengths[i] for i in b) <= max_tokens for b in bins):
+            return alone + bins
         num_bins += 1
 
 

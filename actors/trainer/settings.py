@@ -35,8 +35,12 @@ class SftSettings:
     """Largest gradient norm; longer ones are scaled down to it."""
     aux_weight: Annotated[float, Ge(0)] = 0.02
     """Weight of the router's load-balancing loss, which is 1 when experts are used evenly."""
-    micro_batch_tokens: Annotated[int, Ge(1)] = 4096
+    micro_batch_tokens: Annotated[int, Ge(1)] = 8192
     """Tokens of one forward and backward pass; a single longer sequence still passes."""
+    report_every: Annotated[int, Ge(1)] = 25
+    """Steps between two rows of metrics."""
+    checkpoint_every: Annotated[int, Ge(1)] = 100
+    """Steps between checkpoints: what a death of the trainer costs at most."""
 
 
 @wire
@@ -56,7 +60,7 @@ class RlSettings:
     """Token budget of a response."""
     temperature: Annotated[float, Gt(0)] = 1.0
     """Of sampling; the trained policy is the one at this temperature."""
-    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    learning_rate: Annotated[float, Gt(0)] = 5e-4
     """AdamW: for what Muon does not train."""
     muon_learning_rate: Annotated[float, Ge(0)] = 0.0
     """Muon: for hidden matrices; 0 trains them by AdamW too."""
@@ -79,7 +83,7 @@ class RlSettings:
     """Largest ratio that counts at negative advantage, above 1 + clip_high; 0 sets no bound."""
     aux_weight: Annotated[float, Ge(0)] = 0.002
     """Weight of the router's load-balancing loss, which is 1 when experts are used evenly."""
-    micro_batch_tokens: Annotated[int, Ge(1)] = 4096
+    micro_batch_tokens: Annotated[int, Ge(1)] = 8192
     """Tokens of one forward and backward pass; a single longer sequence still passes."""
     max_staleness: Annotated[int, Ge(0)] = 4
     """Most policy versions between a group's oldest token and the step that trains it (eta); 0 is synchronous."""
@@ -87,6 +91,10 @@ class RlSettings:
     """Least share of a step's groups that the newest version alone generated (completion ratio); 1 is synchronous."""
     max_running: Annotated[int, Ge(1)] = 40
     """Groups that are submitted and not yet trained, filtered or failed."""
+    min_group_size: Annotated[int, Ge(2)] = 2
+    """Judged responses that a group must have; with fewer it counts as failed."""
+    checkpoint_every: Annotated[int, Ge(1)] = 10
+    """Steps between checkpoints: batches since the last one are trained again when the trainer dies."""
 
     def __post_init__(self) -> None:
         if self.mini_batches > self.groups_per_step:

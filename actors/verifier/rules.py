@@ -12,9 +12,9 @@ from ..types import Verdict
 
 
 def judge_running_sum(tokens: np.ndarray, answer: str) -> Verdict:
-    """Right iff the response (int32 [n]) ends with the end-of-sequence token and the text after its last `#` is `answer`.
+    """Right iff the response (int32 [n]) ends with the end-of-sequence token and after its last `#` comes `answer`.
 
-    The comparison is exact: "07", "+7" and "7=" are not "7". Partial totals are not judged.
+    The comparison is exact: "7", "+7" and "07=" are not "07". Partial totals are not judged.
     """
     if len(tokens) == 0 or tokens[-1] != running_sum.EOS_ID:
         return Verdict(correct=False)

@@ -1,0 +1,94 @@
+"""Checkpoint folders: a Hugging Face model folder, the optimizer, and the run's state, all of one moment.
+
+    checkpoints/rl-000120.new/  -- written, synced -->  rl-000120/  -- named by -->  LATEST  -- older ones deleted
+
+A folder appears whole or not at all: a death at any moment leaves the previous one valid. Knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ...runtime.rundir import write_atomically
+from ..model import checkpoint as model_folder
+from ..model.config import ModelConfig
+from ..run_state import LATEST
+
+OPTIMIZER, INFO = "optimizer.safetensors", "trainer.json"
+_WEIGHTS, _OPTIMIZER = "weights/", "optimizer/"
+
+
+def write(
+    checkpoints: Path,
+    name: str,
+    config: ModelConfig,
+    arrays: Mapping[str, np.ndarray],
+    info: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    *,
+    keep: int,
+) -> Path:
+    """Writes `arrays` and `info` (Learner.state) and further `files` as checkpoint `name`; returns its folder.
+
+    Raises OSError (disk full) with the previous checkpoint still the latest.
+    """
+    folder, draft = checkpoints / name, checkpoints / f"{name}.new"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        model_folder.save(draft, config, _below(_WEIGHTS, arrays))
+        save_file(_below(_OPTIMIZER, arrays), draft / OPTIMIZER)
+        (draft / INFO).write_text(json.dumps(dict(info)))
+        for file, content in files.items():
+            (draft / file).write_bytes(content)
+        for path in draft.iterdir():
+            _sync(path)
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+    write_atomically(checkpoints / LATEST, name.encode())
+    _forget_old(checkpoints, keep)
+    return folder
+
+
+def read(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str, Any]]:
+    """Config, arrays and info of a checkpoint. Raises ValueError if a part is missing or unreadable."""
+    try:
+        config, weights = model_folder.load(folder)
+        optimizer = load_file(folder / OPTIMIZER)
+        info = json.loads((folder / INFO).read_text())
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"checkpoint {folder} can't be read: {error}; write the name of an older one into {folder.parent / LATEST}"
+        ) from None
+    arrays = {_WEIGHTS + name: array for name, array in weights.items()}
+    return config, arrays | {_OPTIMIZER + name: array for name, array in optimizer.items()}, info
+
+
+def _forget_old(checkpoints: Path, keep: int) -> None:
+    folders = [path for path in checkpoints.iterdir() if path.is_dir()]
+    for path in sorted(folders, key=lambda path: path.stat().st_mtime)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,126 @@
+"""Advantages and loss against the formulas of the paper, written out as loops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.actors.trainer.dapo import policy_loss
+from headrace.actors.trainer.groups import advantages, has_signal, judged
+from headrace.actors.types import Group, Prompt, Segment, Trajectory, Verdict
+
+CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+
+
+def trajectory(correct: bool | None, *, error: str = "", reward: float = 0.0, num_tokens: int = 3) -> Trajectory:
+    segments = [Segment(version=0, tokens=np.zeros(num_tokens, np.int32), logprobs=np.zeros(num_tokens, np.float32))]
+    verdict = None if correct is None else Verdict(correct=correct, error=error)
+    return Trajectory(member=0, segments=segments, verdict=verdict, reward=reward)
+
+
+def group(*trajectories: Trajectory) -> Group:
+    return Group(prompt=Prompt(ordinal=0, tokens=np.ones(1, np.int32), answer="", size=1), trajectories=[*trajectories])
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, -0.5, 0.25]), min_size=1, max_size=16))
+def test_advantages_are_standard_scores(rewards: list[float]) -> None:
+    result = advantages(np.array(rewards, np.float32))
+    mean = sum(rewards) / len(rewards)
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+    expected = [(r - mean) / std if std else 0.0 for r in rewards]
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+    assert result.dtype == np.float32
+
+
+def test_a_group_has_signal_if_some_but_not_all_are_correct() -> None:
+    right, wrong = trajectory(True), trajectory(False)
+    assert has_signal(group(right, wrong))
+    assert not has_signal(group(right, right))
+    assert not has_signal(group(wrong, wrong))
+    assert not has_signal(group())
+
+
+def test_shaped_rewards_are_no_signal() -> None:
+    assert not has_signal(group(trajectory(True, reward=1.0), trajectory(True, reward=0.5)))
+
+
+def test_errors_and_unjudged_responses_take_no_part() -> None:
+    right, wrong = trajectory(True), trajectory(False)
+    broken = trajectory(False, error="sandbox died")
+    assert not has_signal(group(right, broken))
+    assert not has_signal(group(right, trajectory(None)))
+    assert judged(group(broken, right, trajectory(None), wrong, trajectory(True, num_tokens=0))) == [right, wrong]
+
+
+def by_hand(
+    logprobs: np.ndarray, behaviour: np.ndarray, advantage: np.ndarray, num_tokens: int, dual_clip: float
+) -> tuple[float, int, float, float]:
+    total, num_clipped, kl, largest = 0.0, 0, 0.0, 0.0
+    for new, old, a in zip(logprobs, behaviour, advantage, strict=True):
+        log_ratio = min(max(float(new) - float(old), -20.0), 20.0)
+        r = math.exp(log_ratio)
+        objective = min(r * a, min(max(r, 0.8), 1.28) * a)
+        if dual_clip and a < 0:
+            objective = max(objective, dual_clip * a)
+        inside = r * a == objective
+        num_clipped += not inside and a != 0
+        total += objective
+        kl += r - 1 - log_ratio
+        largest = max(largest, r)
+    return -total / num_tokens, num_clipped, kl, largest
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(-5, 0, width=32), st.floats(-5, 0, width=32), st.sampled_from([-1.5, -0.25, 0.0, 0.5, 2.0])
+        ),
+        min_size=1,
+        max_size=20,
+    ),
+    st.sampled_from([0.0, 3.0]),
+)
+def test_loss_equals_the_formula_token_by_token(tokens: list[tuple[float, float, float]], dual_clip: float) -> None:
+    new, old, advantage = (torch.tensor(column, dtype=torch.float64) for column in zip(*tokens, strict=True))
+    result = policy_loss(new, old, advantage, num_tokens=37, dual_clip=dual_clip, **CLIP)
+    loss, num_clipped, kl, largest = by_hand(new.numpy(), old.numpy(), advantage.numpy(), 37, dual_clip)
+    assert float(result.loss) == pytest.approx(loss, rel=1e-6, abs=1e-9)
+    assert int(result.num_clipped) == num_clipped
+    assert float(result.kl_sum) == pytest.approx(kl, rel=1e-6, abs=1e-9)
+    assert float(result.ratio_max) == pytest.approx(largest, rel=1e-6)
+
+
+def test_gradients_are_those_of_finite_differences_and_vanish_where_clipped() -> None:
+    old = torch.full((6,), -1.0, dtype=torch.float64)
+    new = old + torch.tensor([0.0, 0.5, -0.5, 0.5, -0.5, 3.0], dtype=torch.float64)
+    advantage = torch.tensor([1.0, 1, 1, -1, -1, -1], dtype=torch.float64)
+    new.requires_grad_()
+
+    def loss(new: torch.Tensor) -> torch.Tensor:
+        return policy_loss(new, old, advantage, num_tokens=6, dual_clip=10.0, **CLIP).loss
+
+    assert torch.autograd.gradcheck(loss, (new,))
+    (gradient,) = torch.autograd.grad(loss(new), new)
+    assert (gradient != 0).tolist() == [True, False, True, True, False, False]
+    assert gradient[0] == pytest.approx(-1 / 6)  # at ratio 1: minus the advantage, over the tokens
+
+
+def test_the_parts_of_a_batch_add_up() -> None:
+    random = torch.Generator().manual_seed(0)
+    new, old, advantage = (torch.randn(50, generator=random, dtype=torch.float64) for _ in range(3))
+    whole = policy_loss(new, old, advantage, num_tokens=50, **CLIP).loss
+    parts = [
+        policy_loss(new[part], old[part], advantage[part], num_tokens=50, **CLIP).loss
+        for part in torch.arange(50).split([1, 19, 30])
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_a_stray_token_cannot_overflow() -> None:
+    result = policy_loss(torch.zeros(1), torch.tensor([-1e4]), torch.tensor([-1.0]), num_tokens=1, **CLIP)
+    assert result.loss.isfinite() and result.kl_sum.isfinite()
