@@ -230,8 +230,19 @@ def test_foreign_configurations_are_refused(tmp_path: Path, change: dict[str, ob
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match=message):
         checkpoint.load(tmp_path)
-    with pytest.raises(ValueError, match="holds no readable model"):
+
+
+def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no readable model: .*config\.json"):
         checkpoint.load(tmp_path / "nowhere")
+    checkpoint.save(tmp_path, TINY, weights(random_model(TINY)))
+    weights_file = tmp_path / "model.safetensors"
+    weights_file.rename(tmp_path / "optimizer.safetensors")  # of a trainer's checkpoint: not taken for weights
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+        checkpoint.load(tmp_path)
+    weights_file.write_bytes((tmp_path / "optimizer.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="holds no readable model"):
+        checkpoint.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -534,6 +534,7 @@ async def test_killed_pools_hand_out_every_entry_once(tmp_path):
                 return await ask()
             except ActorDied:
                 killed.set()
+                await asyncio.sleep(0.01)
 
     async with System(tmp_path) as system:
         keeper = SamplePool(capacity=16, journal=str(tmp_path / "journal" / "pool"))

@@ -49,19 +49,22 @@ def save(folder: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -
 
 
 def load(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """Reads config.json and all *.safetensors; weights come fused, fp32, by name.
+    """Reads config.json and model*.safetensors; weights come fused, fp32, by name.
 
-    Raises ValueError if a file is missing, unreadable, of another kind of model, or lacks a tensor.
+    Raises ValueError if a file is missing, unreadable, of another kind of model, or lacks a part of an expert.
     """
     try:
         config = from_hugging_face(json.loads((folder / "config.json").read_text()))
         tensors: dict[str, np.ndarray] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        paths = sorted(folder.glob("model*.safetensors"))
+        if not paths:
+            raise FileNotFoundError("model.safetensors is missing")
+        for path in paths:
             with safe_open(path, "pt") as file:  # numpy could not read bfloat16
                 names: list[str] = list(file.keys())
                 tensors |= {name: file.get_tensor(name).float().numpy() for name in names}
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds no readable model: {error}; give a folder with config.json") from None
+        raise ValueError(f"{folder} holds no readable model: {error}; give a folder as Hugging Face has them") from None
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     return config, fuse_experts(tensors)

@@ -113,12 +113,12 @@ class Learner:
         self.load_weights(_below("weights/", arrays))
         self._enter(info["stage"])
         self._optimizer.load_state(_below("optimizer/", arrays))
-        self._step = info["step"]
+        self._step = int(info["step"])
 
     def _enter(self, stage: Stage) -> None:
         settings: SftSettings | RlSettings = self._sft if stage == "sft" else self._rl
         self._stage: Stage = stage
-        self._step: int = 0
+        self._step = 0
         self._settings = settings
         self._schedule = Schedule(settings.steps, settings.warmup_steps, settings.decay_ratio, settings.final_ratio)
         self._optimizer: Optimizer = Optimizer(
