@@ -220,7 +220,7 @@ class Pool:
         return [dict(line) for line in self._history.get(id, ())]
 
     def stats(self) -> dict[str, Any]:
-        """Sizes now and counts since the first start of the pool."""
+        """Sizes now and counts since the first start of the pool; fit for JSON."""
         waiting = [entry for id, entry in self._entries.items() if id not in self._lent]
         return {
             "capacity": self.capacity,
@@ -228,8 +228,11 @@ class Pool:
             "leased": len(self._lent),
             "pending": len(self._pending),
             "waiting_tokens": sum(entry.num_tokens for entry in waiting),
-            "waiting_by_version": dict(sorted(Counter(entry.started for entry in waiting).items())),
-            "leases": {id: {"holder": loan.holder, "entries": len(loan.ids)} for id, loan in self._loans.items()},
+            "waiting_by_version": {str(s): n for s, n in sorted(Counter(entry.started for entry in waiting).items())},
+            "leases": [
+                {"id": id, "version": loan.version, "holder": loan.holder, "entries": len(loan.ids)}
+                for id, loan in self._loans.items()
+            ],
             "counts": dict(self._counts),
             "drops": dict(self._drops),
             "journal_bytes": self._journal.num_bytes if self._journal is not None else 0,

@@ -63,12 +63,13 @@ class RunningSum:
     length_decay: Annotated[float, Gt(0), Lt(1)] = 0.16
     """Number of operands = 2 + geometric(length_decay), at most `max_operands`."""
     max_operand: Annotated[int, Ge(1), Le(9)] = 9
-    """Operands are 1..max_operand, with a sign that keeps all totals within 0..99."""
-    subtraction: Annotated[float, Ge(0), Le(1)] = 0.3
-    """Share of subtractions where both signs are possible; below 0.5 totals grow with the length."""
+    """Operands are 1..max_operand."""
+    subtraction: Annotated[float, Ge(0), Le(1)] = 0.45
+    """Share of subtractions, before a sign is turned that would take the total out of 0..99; below one half totals
+    grow with the length."""
     bias: Annotated[float, Ge(0), Le(1)] = 0.5
     """How often the demonstrator forgets a carry or borrow."""
-    slip: Annotated[float, Ge(0), Le(1)] = 0.04
+    slip: Annotated[float, Ge(0), Le(1)] = 0.03
     """How often the demonstrator writes a random last digit."""
 
     vocab_size = len(VOCABULARY)
@@ -138,9 +139,10 @@ class RunningSum:
     def _prompt(self, ordinal: int, size: int, u: list[float]) -> Prompt:
         total, text = 0, []
         for i in range(size):
-            up, down = min(self.max_operand, MAX_TOTAL - total), min(self.max_operand, total)
-            minus = up == 0 or (down > 0 and i > 0 and u[2 * i] < self.subtraction)
-            operand = 1 + int(u[2 * i + 1] * (down if minus else up))
+            operand = 1 + int(u[2 * i + 1] * self.max_operand)
+            minus = u[2 * i] < self.subtraction
+            if not 0 <= total + (-operand if minus else operand) <= MAX_TOTAL:
+                minus = not minus
             total += -operand if minus else operand
             text += [string.ascii_lowercase[i], f"{'-' if minus else '+'}{operand}"]
         tokens = np.array([_ID[t] for t in (*text, "=")], np.int32)
