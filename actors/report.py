@@ -69,6 +69,7 @@ METRICS: dict[str, Metric] = {
     "partial_ratio": Metric("0..1", "responses of the step that cross versions"),
     "sampled_tokens": Metric("tokens", "tokens that rollout generated since the previous step"),
     "sampled_tokens_per_s": Metric("1/s", "sampled tokens over wall time"),
+    "decode_batch_mean": Metric("responses", "live in a decode step of rollout, mean since the previous step"),
     "rollout_idle_ratio": Metric("0..1", "time that rollout had nothing to generate"),
     "trainer_idle_ratio": Metric("0..1", "time that the trainer waited for a batch"),
     "wait_s": Metric("s", "the trainer waited for its batch"),

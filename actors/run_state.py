@@ -15,6 +15,7 @@ from typing import Any
 
 from ..runtime import wire
 from ..runtime.codec import loads
+from ..runtime.errors import CodecError
 from .types import Group
 
 STATE, POOL, LATEST = "state.msgpack", "pool.msgpack", "LATEST"
@@ -27,8 +28,9 @@ class RunState:
 
     stage: str = "sft"
     """sft, rl, done"""
-    step: int = 0
-    """Steps of the stage that are done."""
+    sft_steps: int = 0
+    """Warm-up steps that are done."""
+    rl_steps: int = 0
     version: int = 0
     """Newest policy version: 0 untrained, 1 after SFT, one higher with each RL step."""
     next_ordinal: int = 0
@@ -41,25 +43,46 @@ class RunState:
     telemetry: dict[str, Any] = field(default_factory=dict)
     """Totals that go on after a resume."""
 
+    @property
+    def step(self) -> int:
+        """Steps of the stage that are done."""
+        return self.sft_steps if self.stage == "sft" else self.rl_steps
+
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint folder of a run directory, if there is one."""
+    """The newest whole checkpoint folder of a run directory, if there is one.
+
+    Raises FileNotFoundError, saying what to do, if the pointer leads nowhere.
+    """
     pointer = run / "checkpoints" / LATEST
     if not pointer.exists():
         return None
-    folder = pointer.with_name(pointer.read_text().strip())
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{pointer} names {folder.name}, which is not there; write the name of one that is into it")
-    return folder
+    name = pointer.read_text().strip()
+    if not name or not pointer.with_name(name).is_dir():
+        others = sorted(path.name for path in pointer.parent.iterdir() if (path / STATE).is_file())
+        remedy = f"write {others[-1]} into it" if others else "delete it to begin anew"
+        raise FileNotFoundError(f"{pointer} names checkpoint {name!r}, which is not there; {remedy}")
+    return pointer.with_name(name)
 
 
 def load_state(run: Path) -> tuple[RunState, dict[str, Any] | None]:
-    """State and pool snapshot of the newest checkpoint, or a fresh state. Raises FileNotFoundError, CodecError."""
+    """State and pool snapshot of the newest checkpoint, or a fresh state.
+
+    Raises FileNotFoundError or ValueError, saying what to do, if a part is missing or damaged.
+    """
     folder = latest_checkpoint(run)
     if folder is None:
         return RunState(), None
-    state = loads((folder / STATE).read_bytes())
+    state, pool = _load(folder / STATE), _load(folder / POOL)
     assert isinstance(state, RunState)
-    return state, loads((folder / POOL).read_bytes())
+    return state, pool
 
 
+def _load(path: Path) -> Any:
+    try:
+        return loads(path.read_bytes())
+    except (OSError, CodecError) as error:
+        pointer = path.parent.with_name(LATEST)
+        raise ValueError(
+            f"checkpoint {path.parent} can't be read: {path.name}: {error}; write the name of an older one into {pointer}"
+        ) from None

@@ -33,7 +33,7 @@ class Telemetry:
         self.note = ""
         self.rows: list[Row] = rewind_metrics(run / "metrics.jsonl", "rl" if stage == "done" else stage, step)
         self.evaluations: list[dict[str, Any]] = list(totals.get("evaluations", []))
-        self.stages: Counter[str] = Counter(totals.get("stages", {}))
+        self.stages: dict[str, float] = {"sft": 0.0, "rl": 0.0, **totals.get("stages", {})}
         self.tokens: Counter[str] = Counter(totals.get("tokens", {}))
         self.staleness: Counter[int] = Counter(totals.get("staleness", {}))
         self._samples: dict[str, list[dict[str, Any]]] = dict(totals.get("samples", {}))
@@ -41,11 +41,11 @@ class Telemetry:
         self._before_s = float(totals.get("elapsed_s", 0.0))
         self._started = self._mark = self._stage_started = time.monotonic()
         self._waited_s = 0.0
+        self._publish_s: float | None = None
         self._judged = [0, 0]
-        self._rollout = {"tokens": 0.0, "busy_s": 0.0}
+        self._rollout = {"tokens": 0.0, "steps": 0.0, "busy_s": 0.0}
         self._changed = asyncio.Event()
-        self._done = False
-        self.state: dict[str, Any] = {}
+        self._reason: str | None = None
 
     @property
     def elapsed_s(self) -> float:
@@ -54,10 +54,8 @@ class Telemetry:
 
     def snapshot(self) -> dict[str, Any]:
         """Totals that a resumed run goes on from."""
-        stages = Counter(self.stages)
-        stages[self.stage] += time.monotonic() - self._stage_started
         return {
-            "elapsed_s": self.elapsed_s, "stages": dict(stages), "tokens": dict(self.tokens),
+            "elapsed_s": self.elapsed_s, "stages": self._stage_seconds(), "tokens": dict(self.tokens),
             "staleness": dict(self.staleness), "evaluations": self.evaluations, "samples": self._samples,
         }  # fmt: skip
 
@@ -67,11 +65,16 @@ class Telemetry:
         self._mark = time.monotonic()
         self._notify()
 
+    def say(self, note: str) -> None:
+        """What goes on besides the steps, for people who watch."""
+        self.note = note
+        self._notify()
+
     def enter(self, stage: str) -> None:
         """The next stage begins."""
-        now = time.monotonic()
-        self.stages[self.stage] += now - self._stage_started
-        self.stage, self._stage_started, self._mark = stage, now, now
+        self.stages = self._stage_seconds()
+        self.stage = stage
+        self._stage_started = self._mark = time.monotonic()
         self._notify()
 
     @contextmanager
@@ -83,31 +86,35 @@ class Telemetry:
         finally:
             self._waited_s += time.monotonic() - begun
 
+    def armed(self, publish_s: float) -> None:
+        """Rollout holds the newest version, so many seconds after it was there."""
+        self._publish_s = publish_s
+
     def judged(self, group: Group) -> None:
         """A group has its verdicts, whether it is trained or filtered."""
         self._judged[0] += sum(t.verdict is not None and t.verdict.correct for t in group.trajectories)
         self._judged[1] += len(group.trajectories)
 
-    def sft_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Some SFT steps are done; `metrics` are the trainer's."""
+    def sft_step(self, step: int, version: int, metrics: dict[str, float]) -> Row:
+        """The row of some SFT steps that are done; `metrics` are the trainer's."""
         self.tokens["trained_sft"] += int(metrics.get("trained_tokens", 0))
-        self._write("sft", step, 0, metrics)
+        return self._row("sft", step, version, metrics)
 
     def rl_step(
         self, step: int, version: int, metrics: dict[str, float], batch: list[Group], staleness: list[int],
         rollout: dict[str, Any], ledger: dict[str, int],
-    ) -> None:  # fmt: skip
-        """An RL step is done. `rollout`: its stats, or {} if it could not be asked; `ledger`: counts of the stream."""
+    ) -> Row:  # fmt: skip
+        """The row of an RL step. `rollout`: its stats, or {} if it could not be asked; `ledger`: counts of the stream."""
         trajectories = [t for group in batch for t in group.trajectories]
         lengths = np.array([t.num_tokens for t in trajectories])
         wall_s = time.monotonic() - self._mark
-        sampled, busy_s = self._since_last(rollout)
+        sampled, decoded, busy_s = self._since_last(rollout)
         self.staleness.update(staleness)
         self.tokens["trained"] += int(lengths.sum())
         self.tokens["sampled"] += int(sampled)
         correct, judged = self._judged
         self._judged = [0, 0]
-        self._write("rl", step, version, {
+        row = self._row("rl", step, version, {
             **metrics,
             "reward_mean": float(np.mean([t.reward for t in trajectories])),
             "pass_ratio": correct / max(1, judged),
@@ -123,18 +130,26 @@ class Telemetry:
             "partial_ratio": float(np.mean([len(t.segments) > 1 for t in trajectories])),
             "sampled_tokens": sampled,
             "sampled_tokens_per_s": sampled / wall_s,
+            "decode_batch_mean": sampled / max(1.0, decoded),
             "rollout_idle_ratio": min(1.0, max(0.0, 1 - busy_s / wall_s)),
             "trainer_idle_ratio": min(1.0, self._waited_s / wall_s),
             "wait_s": self._waited_s,
+            **({} if self._publish_s is None else {"publish_s": self._publish_s}),
             "pool_groups": ledger["pooled"],
             "running_groups": ledger["running"],
             "partial_groups": ledger["partial"],
             **{f"{end}_groups": ledger[end] for end in ("submitted", "accepted", "filtered", "failed")},
         })  # fmt: skip
-        self._waited_s = 0.0
+        self._waited_s, self._publish_s = 0.0, None
+        return row
 
-    def evaluated(self, step: int, evaluation: Evaluation) -> None:
-        """The newest version was scored on the fixed problems."""
+    def write(self, row: Row) -> None:
+        """Makes a row public; what has been added to it since it was made is welcome."""
+        self.rows.append(self._writer.write(**row))
+        self._notify()
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> Row:
+        """The newest version was scored on the fixed problems. Returns what belongs into the row of its step."""
         self.evaluations.append(
             {
                 "stage": self.stage, "step": step, "version": evaluation.version, "n": evaluation.n,
@@ -147,6 +162,9 @@ class Telemetry:
             for s in evaluation.samples
         ]
         self._notify()
+        return {
+            "eval_version": evaluation.version, "eval_pass_at_1": evaluation.pass_at_1, "eval_greedy": evaluation.greedy
+        }  # fmt: skip
 
     def samples(self) -> list[dict[str, Any]]:
         """Greedy answers to the same problems after SFT and after RL."""
@@ -159,37 +177,42 @@ class Telemetry:
             for before, after in zip(self._samples.get("sft", []), self._samples.get("rl", []), strict=False)
         ]  # fmt: skip
 
-    def finish(self) -> None:
-        """The run has reached its end, or has drained."""
-        self.stages[self.stage] += time.monotonic() - self._stage_started
-        self._done = True
-        self._writer.close()
+    def finish(self, reason: str = "") -> None:
+        """The run is over: at its end, drained, or given up for a `reason`."""
+        self.stages = self._stage_seconds()
+        self._reason = reason
         self._notify()
 
+    def close(self) -> None:
+        """Closes the files. May be called twice."""
+        self._writer.close()
+
     def summary(self) -> dict[str, Any]:
-        """The parts of summary.json that the controller knows."""
+        """What the controller knows of summary.json, as far as the run has come."""
         trained = sum(self.staleness.values())
         total = sum(staleness * count for staleness, count in self.staleness.items())
         return {
             "steps": max((row["step"] for row in self.rows if row["stage"] == "rl"), default=0),
-            "stages": {stage: round(seconds, 2) for stage, seconds in self.stages.items() if stage != "done"},
-            "evaluation": self.evaluations,
+            "stages": {stage: round(seconds, 2) for stage, seconds in self._stage_seconds().items()},
+            "evaluation": list(self.evaluations),
             "samples": self.samples(),
             "staleness": {"mean": total / max(1, trained), "max": max(self.staleness, default=0)},
             "tokens": {"sampled": self.tokens["sampled"], "trained": self.tokens["trained"]},
             "wall_s": self.elapsed_s,
+            "ok": self.stage == "done" and self._reason == "",
+            "reason": self._reason or "",
         }
 
     async def updates(self) -> AsyncIterator[dict[str, Any]]:
         """What a screen needs, after each change but not more often than UPDATE_S. `rows` holds only new ones."""
         shown = 0
         while True:
-            changed, done = self._changed, self._done
+            changed, done = self._changed, self._reason is not None
             yield {
                 "stage": self.stage, "step": self.rows[-1]["step"] if self._in_stage() else 0, "steps": self.num_steps,
                 "note": self.note, "rows": self.rows[shown:], "evaluations": list(self.evaluations),
                 "staleness": [self.staleness[i] for i in range(min(STALENESS_BINS, max(self.staleness, default=0) + 1))],
-                "elapsed_s": self.elapsed_s, "done": done, **({"summary": self.summary()} if done else {}),
+                "elapsed_s": self.elapsed_s, "done": done, "summary": self.summary(),
             }  # fmt: skip
             shown = len(self.rows)
             if done:
@@ -200,21 +223,25 @@ class Telemetry:
     def _in_stage(self) -> bool:
         return bool(self.rows) and self.rows[-1]["stage"] == self.stage
 
-    def _write(self, stage: str, step: int, version: int, metrics: dict[str, float]) -> None:
+    def _row(self, stage: str, step: int, version: int, metrics: dict[str, float]) -> Row:
         now = time.monotonic()
-        common = {"elapsed_s": self.elapsed_s, "version": version, "step_s": now - self._mark}
-        self._mark = now
-        self.rows.append(self._writer.write(stage, step, **common, **metrics))
-        self._notify()
+        step_s, self._mark = now - self._mark, now
+        return {"stage": stage, "step": step, "elapsed_s": self.elapsed_s, "version": version, "step_s": step_s, **metrics}
 
-    def _since_last(self, rollout: dict[str, Any]) -> tuple[float, float]:
-        """Tokens and busy seconds since the previous step; a restarted worker counts from zero."""
+    def _stage_seconds(self) -> dict[str, float]:
+        seconds = dict(self.stages)
+        if self._reason is None and self.stage in seconds:
+            seconds[self.stage] += time.monotonic() - self._stage_started
+        return seconds
+
+    def _since_last(self, rollout: dict[str, Any]) -> tuple[float, float, float]:
+        """Tokens, decode steps and busy seconds since the previous step; a restarted worker counts from zero."""
         delta = {}
         for name, last in self._rollout.items():
             now = float(rollout.get(name, last))
             delta[name] = now - last if now >= last else now
             self._rollout[name] = now
-        return delta["tokens"], delta["busy_s"]
+        return delta["tokens"], delta["steps"], delta["busy_s"]
 
     def _notify(self) -> None:
         self._changed.set()

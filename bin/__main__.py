@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "launch": ("headrace.cli", "launch_main", "run a cluster file"),
-    "bench": ("headrace.cli", "bench_main", "measure, and compare with the bars"),
+    "bench": ("headrace.benchmark", "bench_main", "measure, and compare with the bars"),
     "test": ("headrace.testing", "test_main", "run the tests (in a checkout)"),
 }
 """Command -> module and function that take its arguments and return an exit code; what it does."""

@@ -268,10 +268,11 @@ class Lock:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._told = False
         self.descriptor = -1
 
     def acquire(self, shared: bool, reason: str) -> None:
-        """Takes the lock, or turns shared into exclusive and back. If that takes waiting, gives the `reason`."""
+        """Takes the lock, or turns shared into exclusive and back. If that takes waiting, gives the `reason` once."""
         import fcntl  # not on Windows, which is told so before this
 
         if self.descriptor < 0:
@@ -281,7 +282,9 @@ class Lock:
         try:
             fcntl.flock(self.descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("waiting: " + reason)
+            if not self._told:
+                say("waiting: " + reason)
+            self._told = True
             fcntl.flock(self.descriptor, kind)
 
     def release(self) -> None:

@@ -13,16 +13,20 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .runtime.errors import ActorDied, RuntimeFault
+from .runtime.errors import ActorDied, LaunchError, RemoteError, RuntimeFault
 from .runtime.toml import ConfigError
 
 if TYPE_CHECKING:
     from .actors.job import Job
+    from .runtime.cluster import ActorSpec
     from .runtime.rundir import RunDirectory
     from .runtime.system import System
 
 DRAIN_S = 120.0
 """After Ctrl-C: time to finish the step and write the checkpoint."""
+
+MAX_FAILURES = 3
+"""Failures of the controller, with no step in between, after which the run is given up: it would fail for ever."""
 
 SAMPLE_S = 1.0
 """Time between two looks at memory and the actor tree."""
@@ -48,20 +52,29 @@ def launch_main(arguments: Sequence[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="go on with the run from its last checkpoint")
     parser.add_argument("--plain", action="store_true", help="one line per step, also on a terminal")
     options = parser.parse_args(arguments)
+    # Until the run has handlers of its own.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        from .actors.job import load_job
-
-        job = load_job(options.cluster, options.set)
-        if options.check:
-            print(job.describe())
-            return 0
-        with job.open_run(resume=options.resume) as run:
-            import uvloop
-
-            return uvloop.run(_Launch(job, run, plain=options.plain or not sys.stdout.isatty()).run())
+        return _launch(options)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was started", file=sys.stderr)
+        return 130
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from .actors.job import load_job
+
+    job = load_job(options.cluster, options.set)
+    if options.check:
+        print(job.describe())
+        return 0
+    with job.open_run(resume=options.resume) as run:
+        import uvloop
+
+        return uvloop.run(_Launch(job, run, plain=options.plain or not sys.stdout.isatty()).run())
 
 
 class _Launch:
@@ -73,57 +86,78 @@ class _Launch:
         self.peak_rss_bytes = 0
         self.interrupts = 0
         self.state: dict[str, Any] = {"run": job.run.name, "started": self.started, "rows": [], "evaluations": []}
+        self.summary: dict[str, Any] = {
+            "steps": 0, "stages": {}, "evaluation": [], "samples": [], "staleness": {"mean": 0.0, "max": 0},
+            "tokens": {"sampled": 0, "trained": 0}, "ok": False, "reason": "",
+        }  # fmt: skip
         self.stop_now = asyncio.Event()
 
     async def run(self) -> int:
         """Starts, shows and stops the system; writes summary.json."""
+        from .actors.report import write_summary
         from .runtime.system import System
         from .screen import open_screen
 
-        summary: dict[str, Any] = {}
-        reason = ""
         nodes = {name: settings.spec(name) for name, settings in self.job.cluster.nodes.items()}
+        system = System(self.dir.path, nodes=nodes, seed=self.job.run.seed)
+        self._on_signals(system)
         with open_screen(plain=self.plain) as screen:
-            async with System(self.dir.path, nodes=nodes, seed=self.job.run.seed) as system:
-                self._on_signals(system)
-                watching = asyncio.create_task(self._watch(system, screen))
-                work = asyncio.create_task(self._work(system, screen))
-                stopping = asyncio.create_task(self.stop_now.wait())
-                await asyncio.wait([work, system.failed, stopping], return_when=asyncio.FIRST_COMPLETED)
-                try:
-                    if work.done():
-                        summary = work.result()
-                    elif system.failed.done():
-                        system.failed.result()
-                except RuntimeFault as error:
-                    reason = str(error)
-                for task in (work, watching, stopping):
-                    task.cancel()
-                restarts = dict(system.restarts)
-        finished = bool(summary) and summary.pop("finished")
-        if self.interrupts and not finished:
-            reason = "interrupted"
-        self._write_summary(summary, finished, reason, restarts)
-        return self._say_how_it_ended(finished, reason)
+            try:
+                async with system:
+                    await self._follow(system, screen)
+            except RuntimeFault as error:
+                self.summary["reason"] = _first_line(error)
+        known = {"wall_s": time.time() - self.started, **self.summary}
+        known |= {"run": self.job.run.name, "restarts": dict(system.restarts), "peak_rss_bytes": self.peak_rss_bytes}
+        if self.interrupts and not known["ok"] and not known["reason"]:
+            known["reason"] = "interrupted"
+        write_summary(self.dir.summary, known)
+        return self._say_how_it_ended(known)
 
-    async def _work(self, system: System, screen: Any) -> dict[str, Any]:
-        """Starts all actors at once, then follows the controller to its end; returns its part of the summary."""
+    async def _follow(self, system: System, screen: Any) -> None:
+        """Works until the run is over, the system has failed, or there was a second Ctrl-C."""
+        watching = asyncio.create_task(self._watch(system, screen))
+        work = asyncio.create_task(self._work(system, screen))
+        stopping = asyncio.create_task(self.stop_now.wait())
+        try:
+            await asyncio.wait([work, system.failed, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if system.failed.done():
+                system.failed.result()
+            if work.done():
+                work.result()
+        except RuntimeFault as error:
+            trace = error.remote_traceback if isinstance(error, RemoteError) else ""
+            system.events.write("run_failed", reason=_first_line(error), traceback=trace)
+            raise
+        finally:
+            for task in (work, watching, stopping):
+                task.cancel()
+
+    async def _work(self, system: System, screen: Any) -> None:
+        """Starts all actors at once, then follows the controller to its end."""
         cluster = self.job.cluster
         for spec in cluster.actors.values():
             system.declare(spec.name, type(spec.instance))
-        await asyncio.gather(
-            *(system.spawn(s.instance, name=s.name, node=s.node, policy=s.policy) for s in cluster.actors.values())
-        )
+        await asyncio.gather(*(_spawn(system, spec) for spec in cluster.actors.values()))
+        furthest, failures = (-1, 0), 0
         while True:
+            await system.node.directory.when_up("controller")
+            if failures == MAX_FAILURES:
+                reason = next(e["reason"] for e in reversed(system.events.recent) if e["event"] == "actor_exit")
+                raise LaunchError(f"the controller failed {failures} times with no step in between: {reason}")
+            self.state["rows"] = []
             try:
                 async for update in system.find("controller").progress.stream():
                     self.state["rows"] += update.pop("rows")
-                    self.state.update(update)
+                    self.summary |= update.pop("summary")
+                    self.state |= {**update, "started": time.time() - update["elapsed_s"]}
                     self._show(system, screen)
                     if update["done"]:
-                        return dict(update["summary"])
+                        return
+                    if self.state["rows"] and (reached := _position(self.state["rows"][-1])) > furthest:
+                        furthest, failures = reached, 0
             except ActorDied:
-                self.state["rows"] = []
+                failures += 1
 
     async def _watch(self, system: System, screen: Any) -> None:
         """Looks at memory and the tree now and then, also while nothing else happens."""
@@ -144,8 +178,8 @@ class _Launch:
 
         def interrupt() -> None:
             self.interrupts += 1
-            if self.interrupts > 1:
-                self.stop_now.set()
+            if self.interrupts > 1 or not self.state["rows"]:
+                self.stop_now.set()  # Asked twice, or there is nothing yet that would be worth a checkpoint.
                 return
             loop.call_later(DRAIN_S, self.stop_now.set)
             try:
@@ -156,31 +190,39 @@ class _Launch:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, interrupt)
 
-    def _write_summary(self, known: dict[str, Any], ok: bool, reason: str, restarts: dict[str, int]) -> None:
-        from .actors.report import write_summary
-
-        empty = {
-            "steps": 0, "stages": {}, "evaluation": [], "samples": [], "staleness": {"mean": 0.0, "max": 0},
-            "tokens": {"sampled": 0, "trained": 0}, "wall_s": time.time() - self.started,
-        }  # fmt: skip
-        self.summary = {
-            **empty, **known, "ok": ok, "reason": reason, "run": self.job.run.name, "restarts": restarts,
-            "peak_rss_bytes": self.peak_rss_bytes,
-        }  # fmt: skip
-        write_summary(self.dir.summary, self.summary)
-
-    def _say_how_it_ended(self, finished: bool, reason: str) -> int:
-        if finished:
+    def _say_how_it_ended(self, summary: dict[str, Any]) -> int:
+        if summary["ok"]:
             from .summary import final_report
 
-            final_report(self.summary, self.dir.path)
+            final_report(summary, self.dir.path)
             return 0
-        where = f"{self.dir.path}/events.jsonl and {self.dir.path}/logs/ say more"
-        if reason == "interrupted":
-            print(f"stopped; go on with: bin/launch {self.dir.config} --resume", file=sys.stderr)
+        resume = f"bin/launch {self.dir.config} --resume"
+        if summary["reason"] == "interrupted":
+            print(f"stopped; go on with: {resume}", file=sys.stderr)
             return 130
-        print(f"the run failed: {reason}\n{where}", file=sys.stderr)
+        print(f"the run failed: {summary['reason']}", file=sys.stderr)
+        print(f"more is in {self.dir.events} and {self.dir.logs}/", file=sys.stderr)
+        print(f"when the cause is gone, go on with: {resume}", file=sys.stderr)
         return 1
+
+
+async def _spawn(system: System, spec: ActorSpec) -> None:
+    """Starts an actor. Raises LaunchError or, with the traceback of its `start`, RemoteError."""
+    try:
+        await system.spawn(spec.instance, name=spec.name, node=spec.node, policy=spec.policy)
+    except RemoteError as error:
+        why = str(error.args[0]).partition(" raised ")[2]
+        raise RemoteError(f"{spec.name} did not start: {why}", error.remote_type, error.remote_traceback) from None
+
+
+def _position(row: dict[str, Any]) -> tuple[int, int]:
+    """Rows of a run in order."""
+    return int(row["stage"] == "rl"), row["step"]
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, without the traceback or log that may follow."""
+    return str(error.args[0] if error.args else error).partition("\n")[0]
 
 
 def _rss_bytes(pid: int) -> int:

@@ -7,11 +7,13 @@
     @message methods                    one at a time, in the order of lanes and arrival
     async stop(reason)                  once, after the last message; closes what start opened
 
-An instance is plain Python: after `await actor.start()` its methods can be tested with no runtime at all. Only `@message`
-methods can be reached from outside. This module knows nothing of processes, sockets or supervision.
+An instance is plain Python: after `await actor.start()` its methods can be tested with no runtime at all. Only
+`@message` methods can be reached from outside. This module knows nothing of processes, sockets or supervision.
 
-Where an exception goes: from a call or a stream, to the caller, and the actor lives on. From `start`, a cast or a background
-task there is no caller, so the actor fails and its supervisor decides.
+Where an exception goes: from a call or a stream, to the caller, and the actor lives on. From `start`, a cast or a
+background task there is no caller, so the actor fails and its supervisor decides.
+
+What is sent is given away: neither side changes it afterwards, be it an argument, an answer or an item of a stream.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
+from .deadline import unlimited
 from .mailbox import Lane
+from .thread import WorkThread
 
 if TYPE_CHECKING:
-    from .node import Node, Status
+    from .directory import Status
+    from .node import Node
     from .ref import Ref
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,9 +67,10 @@ def message(
 ) -> Any:
     """Makes a method reachable by refs.
 
-    `async def` runs on the node's loop; an async generator answers a stream; `thread=True` takes a plain `def` and runs it
-    on the actor's own thread, so that the loop keeps answering while it computes. `concurrent=True` lets it overlap with
-    other messages. `deadline_s` applies where the caller sets none. Raises TypeError for a method of the wrong kind.
+    `async def` runs on the node's loop; an async generator answers a stream; `thread=True` takes a plain `def` and runs
+    it on the actor's own thread, so that the loop keeps answering while it computes. `concurrent=True` lets it overlap
+    with other messages. `deadline_s` applies where the caller sets none. Raises TypeError if the method is not of that
+    kind.
     """
 
     def mark(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,16 +101,18 @@ class Actor:
     """The @message methods of the class, inherited ones included."""
 
     mailbox_capacity: ClassVar[int] = 1024
-    """Messages that may wait; see mailbox.py for what happens beyond."""
+    """Messages of each lane that may wait; see mailbox.py for what happens beyond."""
 
     _node: Node | None = None
     _name: str = ""
     _tasks: asyncio.TaskGroup | None = None
-    _thread: ThreadPoolExecutor | None = None
+    _thread: WorkThread | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = {n: m.__message__ for n, m in vars(cls).items() if hasattr(m, "__message__")}
+        for name in (cls.messages.keys() & vars(cls).keys()) - own.keys():
+            raise TypeError(f"{cls.__name__}.{name} overrides a @message: it must be marked @message too")
         cls.messages = {**cls.messages, **own}
 
     async def start(self) -> None:
@@ -137,13 +144,18 @@ class Actor:
             self._node.emit(event, actor=self._name, **fields)
 
     def background(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
-        """Starts a task that the actor owns: cancelled at stop, and its failure is the actor's failure."""
-        if self._tasks is None:
-            return asyncio.get_running_loop().create_task(work, name=name)
-        return self._tasks.create_task(work, name=f"{self._name}:{name}")
+        """Starts a task that the actor owns: cancelled at stop, and its failure is the actor's failure.
+
+        It outlives the message that started it, so it has none of its deadline.
+        """
+        owner = self._tasks or asyncio.get_running_loop()
+        return owner.create_task(work, name=f"{self._name}:{name}", context=unlimited())
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Runs `function` on the actor's own thread (always the same one) and waits for its result."""
+        """Runs `function` on the actor's own thread (always the same one) and waits for its result.
+
+        A thread can't be interrupted: cancelled meanwhile, this still waits until the function returns.
+        """
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix=self._name or type(self).__name__)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+            self._thread = WorkThread(self._name or type(self).__name__)
+        return await self._thread.run(function, *args)

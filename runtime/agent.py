@@ -2,8 +2,8 @@
 
     read spec from stdin -> die with the launcher -> bind -> hello to the root -> spawn / stop actors -> shutdown
 
-Started by launcher.py only. Imports an actor's module when it is told to spawn it, so that a node without torch actors is up
-in a fraction of a second. Decides nothing: a failed actor is reported to the root, whose supervisor decides.
+Started by launcher.py only. Imports an actor's module when it is told to spawn it, so that a node without torch actors
+is up in a fraction of a second. Decides nothing: a failed actor is reported to the root, whose supervisor decides.
 """
 
 from __future__ import annotations
@@ -15,24 +15,32 @@ import importlib
 import os
 import signal
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .actor import Actor, message
-from .cell import Cell
+from .cell import STOP_S, Cell
 from .codec import decode, encode, loads
+from .deadline import unlimited
 from .directory import Status
 from .mailbox import Lane
 from .node import Node
-from .protocol import pack_error
+from .protocol import pack_error, window_of
 
-STOP_ACTOR_S = 5.0
+CANCEL_S = 1.0
+"""Time that a cancelled actor may take to end; what is stuck in a thread ends with the process."""
+
 _PR_SET_PDEATHSIG = 1
 
 
-def specs_of(actor: type[Actor]) -> dict[str, tuple[int, float]]:
-    """Lane and default deadline of each message of a class, as the directory lists them."""
-    return {name: (int(spec.lane), spec.deadline_s) for name, spec in actor.messages.items()}
+def interface_of(actor: type[Actor]) -> dict[str, Any]:
+    """What a class answers, as its directory entry says it."""
+    return {
+        "class_name": actor.__name__,
+        "messages": {name: (int(spec.lane), spec.deadline_s) for name, spec in actor.messages.items()},
+        "window": window_of(actor.mailbox_capacity),
+    }
 
 
 @dataclass(kw_only=True)
@@ -41,52 +49,63 @@ class NodeAgent(Actor):
 
     def __post_init__(self) -> None:
         self._cells: dict[str, asyncio.Task[None]] = {}
-        self.done = asyncio.Event()
+        self._stopping = False
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done after `shutdown`; raises what one of the runtime's own actors here failed with."""
 
     def host(self, node: Node, actor: Actor, name: str, incarnation: int) -> Cell:
         """Puts an actor into this node; a cell of the same name must have ended."""
         actor._node, actor._name = node, name
         cell = node.cells[name] = Cell(actor, name, incarnation, node)
-        task = asyncio.get_running_loop().create_task(self._run(node, cell), name=name)
-        self._cells[name] = task
+        work = self._run(node, cell)
+        self._cells[name] = asyncio.get_running_loop().create_task(work, name=name, context=unlimited())
         return cell
 
     async def _run(self, node: Node, cell: Cell) -> None:
-        failure = None
+        failure: BaseException | None = None
         try:
             await cell.run()
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 (the edge of an actor: the supervisor gets it)
             failure = error
         if node.cells.get(cell.name) is cell:
             del node.cells[cell.name]
-        if cell.up.done() and not cell.up.exception() and not self.done.is_set() and not cell.name.startswith("$"):
-            packed = None if failure is None else pack_error(failure)
+        started = cell.up.exception() is None
+        if self._stopping or not started:
+            return
+        if cell.name.startswith("$"):
+            self.end(failure)
+        else:
             # At once, not when the root says so: a caller that asks again must wait, not find an empty place.
-            node.directory.update(replace(node.directory.get(cell.name), state="down", reason=str(failure or "stopped")))
+            known = node.directory.get(cell.name)
+            node.directory.update(replace(known, state="down", reason=str(failure or "stopped")))
+            packed = None if failure is None else pack_error(failure)
             node.cast("$root", "actor_ended", (cell.name, cell.incarnation, packed), {})
 
     @message(concurrent=True, lane=Lane.SYSTEM, deadline_s=120.0)
     async def spawn(self, name: str, incarnation: int, class_path: str, config: bytes) -> None:
         """Starts an actor; returns when its `start` has. Raises what `start` raised."""
-        node = self._require_node()
         kind = load_actor(class_path)  # Imports the types that its fields are of.
         actor = kind(**loads(config))
-        await self.host(node, actor, name, incarnation).up
+        await self.stop_actor(name)
+        cell = self.host(self._require_node(), actor, name, incarnation)
+        try:
+            await asyncio.shield(cell.up)
+        except asyncio.CancelledError:
+            await self.stop_actor(name)
+            raise
 
     @message(concurrent=True, lane=Lane.SYSTEM)
     async def stop_actor(self, name: str) -> None:
-        """Asks an actor to stop and waits a bounded time; then cancels it."""
-        node, task = self._require_node(), self._cells.pop(name, None)
+        """Asks an actor to stop and waits a bounded time; then cancels it. Does nothing if there is none."""
+        task, cell = self._cells.get(name), self._require_node().cells.get(name)
         if task is None or task.done():
             return
-        if name in node.cells:
-            node.cells[name].close()
-        _, late = await asyncio.wait([task], timeout=STOP_ACTOR_S)
+        if cell is not None:
+            cell.close()
+        _, late = await asyncio.wait([task], timeout=STOP_S)
         if late:
             task.cancel()
-            await asyncio.wait([task], timeout=STOP_ACTOR_S)
+            await asyncio.wait([task], timeout=CANCEL_S)
 
     @message(lane=Lane.SYSTEM)
     async def update(self, statuses: list[Status], addresses: dict[str, str], dead: dict[str, str]) -> None:
@@ -103,13 +122,33 @@ class NodeAgent(Actor):
     @message(concurrent=True, lane=Lane.SYSTEM, deadline_s=10.0)
     async def shutdown(self) -> None:
         """Stops all actors, in parallel; the process ends after the answer."""
-        self.done.set()
-        await asyncio.gather(*(self.stop_actor(name) for name in list(self._cells) if not name.startswith("$")))
+        self._stopping = True
+        try:
+            await asyncio.gather(*(self.stop_actor(name) for name in list(self._cells) if not name.startswith("$")))
+        finally:
+            self.end(None)
+
+    def end(self, failure: BaseException | None) -> None:
+        """Ends the node, after what is under way in this turn of the loop."""
+        if self.done.done():
+            return
+        if failure is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(failure)
+
+    async def close(self) -> None:
+        """Ends the runtime's own actors here, this one included; `shutdown` has ended the others."""
+        tasks = [task for task in self._cells.values() if not task.done()]
+        for cell in list(self._require_node().cells.values()):
+            cell.close()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CANCEL_S)
 
     @message(concurrent=True, lane=Lane.SYSTEM)
     async def waits(self) -> list[dict[str, Any]]:
         """Who in this node waits for whom."""
-        return self._require_node().waits()
+        return self._require_node().waits.rows()
 
     @message(concurrent=True, lane=Lane.SYSTEM)
     async def dead_letters(self) -> list[dict[str, Any]]:
@@ -122,7 +161,7 @@ class NodeAgent(Actor):
 
 
 def load_actor(class_path: str) -> type[Actor]:
-    """The class at `module:Class`. The path comes from the root's own configuration, never from a message of an actor."""
+    """The class at `module:Class`. The path comes from the root's own configuration, never from an actor's message."""
     module, _, name = class_path.partition(":")
     loaded = getattr(importlib.import_module(module), name)
     assert isinstance(loaded, type) and issubclass(loaded, Actor), class_path
@@ -131,11 +170,8 @@ def load_actor(class_path: str) -> type[Actor]:
 
 def agent_status(key: str, state: Any = "up") -> Status:
     """The directory entry of a node's agent."""
-    name = key.partition("#")[0]
-    return Status(
-        name=f"$node@{name}", node=key, state=state, incarnation=int(key.partition("#")[2]),
-        class_name="NodeAgent", messages=specs_of(NodeAgent),
-    )  # fmt: skip
+    name, _, incarnation = key.partition("#")
+    return Status(name=f"$node@{name}", node=key, state=state, incarnation=int(incarnation), **interface_of(NodeAgent))
 
 
 async def serve(spec: dict[str, Any]) -> None:
@@ -146,10 +182,9 @@ async def serve(spec: dict[str, Any]) -> None:
     node.transport.connect(spec["root_key"], spec["root_address"])
     for status in spec["statuses"]:
         node.directory.update(status)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, agent.done.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, agent.end, None)
     node.cast("$root", "hello", (spec["key"], os.getpid()), {})
-    await agent.done.wait()
-    await asyncio.sleep(0)
+    await agent.done
     await node.close()
 
 
@@ -168,10 +203,20 @@ def main() -> None:
     sys.path[:0] = [p for p in spec["path"] if p not in sys.path]
     import uvloop
 
-    uvloop.run(serve(spec))
-    # Threads that still compute must not hold up the exit.
-    sys.stdout.flush()
-    os._exit(0)
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    code = 1
+    try:
+        loop.run_until_complete(serve(spec))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        # Threads that still compute, and tasks that don't let themselves be cancelled, must not hold up the exit.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def pack_spec(**spec: Any) -> bytes:
@@ -179,8 +224,3 @@ def pack_spec(**spec: Any) -> bytes:
     data, buffers = encode(spec)
     assert not buffers
     return data
-
-
-
-if __name__ == "__main__":
-    main()

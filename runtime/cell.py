@@ -3,6 +3,7 @@
     starting --start()--> serving --close()--> stopped        orderly
                              '----exception in start, a cast or a background task----> failed
 
+Messages that take turns and messages that may overlap have a mailbox each: a long turn holds up no overlapping one.
 Knows its node only as the place where answers go. Who restarts a failed cell is the supervisor's business.
 """
 
@@ -11,13 +12,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from .actor import Actor, MessageSpec
-from .deadline import current_deadline
-from .errors import ActorDied, MailboxFull, UnknownMessage
+from .deadline import set_limit
+from .errors import ActorDied, DeadlineExceeded, MailboxFull, RuntimeFault, UnknownMessage
 from .mailbox import CreditWindow, Lane, Mailbox
-from .protocol import STREAM_WINDOW, Kind
+from .protocol import STREAM_WINDOW, Kind, window_of
+
+STOP_S = 5.0
+"""Time that an actor's `stop` may take."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +39,8 @@ class Delivery:
     """Loop time, or None."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    credited: bool = False
+    """It came by a credit of its sender, which gets it back when the message has left the mailbox."""
     window: CreditWindow | None = field(default=None)
     """For a stream: items that may be under way to the caller."""
 
@@ -45,9 +52,14 @@ class Delivery:
 class Answers(Protocol):
     """What a cell needs of its node."""
 
-    def answer(self, delivery: Delivery, kind: Kind, value: Any) -> None: ...
-    def taken(self, delivery: Delivery, actor: str) -> None: ...
-    def dead_letter(self, delivery: Delivery, actor: str, reason: str) -> None: ...
+    def answer(self, delivery: Delivery, kind: Kind, value: Any) -> None:
+        """Sends an answer. Raises CodecError if the value can't travel."""
+
+    def taken(self, delivery: Delivery, actor: str) -> None:
+        """A message has left the mailbox."""
+
+    def dead_letter(self, delivery: Delivery, actor: str, error: RuntimeFault) -> None:
+        """A message will not be handled to its end: keeps it on record and tells its sender."""
 
 
 class _Stop(BaseException):
@@ -61,7 +73,9 @@ class Cell:
         self.actor = actor
         self.name = name
         self.incarnation = incarnation
-        self.mailbox: Mailbox[Delivery] = Mailbox(actor.mailbox_capacity)
+        self.turns: Mailbox[Delivery] = Mailbox(actor.mailbox_capacity)
+        self.overlapping: Mailbox[Delivery] = Mailbox(actor.mailbox_capacity)
+        self.window = window_of(actor.mailbox_capacity)
         self.up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when `start` has returned; carries its exception if it raised."""
         self._node = node
@@ -71,12 +85,22 @@ class Cell:
 
     def deliver(self, delivery: Delivery) -> None:
         """Queues a message. Raises UnknownMessage, MailboxFull."""
-        if delivery.method not in self.actor.messages:
+        spec = self.actor.messages.get(delivery.method)
+        if spec is None:
             raise UnknownMessage(f"{self.name} ({type(self.actor).__name__}) has no @message {delivery.method!r}")
+        if (spec.kind == "stream") != (delivery.kind is Kind.STREAM):
+            remedy = "it answers many times: ask it with .stream(...)" if spec.kind == "stream" else "call it instead"
+            raise UnknownMessage(f"{self.name}.{delivery.method} is no {delivery.kind.name.lower()}; {remedy}")
         try:
-            self.mailbox.put(delivery, delivery.lane)
+            self._mailbox(spec).put(delivery, delivery.lane, credited=delivery.credited)
         except MailboxFull as error:
-            raise MailboxFull(f"{self.name}: {error}") from None
+            raise MailboxFull(f"{self.name}: {error}; slow down, or call, which waits for room") from None
+
+    async def room(self, method: str, lane: Lane) -> None:
+        """Waits until `deliver` would not raise MailboxFull."""
+        spec = self.actor.messages.get(method)
+        if spec is not None:
+            await self._mailbox(spec).room(lane)
 
     def cancel(self, key: tuple[str, int]) -> None:
         """Stops the handler of one message, running or not yet begun."""
@@ -84,23 +108,23 @@ class Cell:
             self._withdrawn.add(key)
             self._running[key][0].cancel()
             return
-        for delivery in self.mailbox.remove(lambda waiting: waiting.key == key):
+        for delivery in self._remove(lambda waiting: waiting.key == key):
             self._node.taken(delivery, self.name)
 
     def cancel_origin(self, origin: str) -> None:
-        """Stops what a node that is gone had asked for."""
-        for key in [key for key in self._running if key[0] == origin]:
-            self.cancel(key)
-        self.mailbox.remove(lambda waiting: waiting.origin == origin)
+        """Stops what a node that is gone waited for. Its casts are handled: nobody waits for them anyway."""
+        for key, (_, delivery) in list(self._running.items()):
+            if key[0] == origin and delivery.kind is not Kind.CAST:
+                self.cancel(key)
+        self._remove(lambda waiting: waiting.origin == origin and waiting.kind is not Kind.CAST)
 
-    def stream_credit(self, key: tuple[str, int], count: int) -> None:
-        """The caller has consumed `count` items of a stream."""
+    def stream(self, key: tuple[str, int]) -> CreditWindow | None:
+        """The credits of a stream that is being answered, or None."""
         running = self._running.get(key)
-        if running is not None and running[1].window is not None:
-            running[1].window.give(count)
+        return None if running is None else running[1].window
 
     def close(self) -> None:
-        """Asks the cell to stop after the message it is at."""
+        """Asks the cell to stop. Handlers at work are cancelled; one on the actor's thread is waited for."""
         self._closing.set()
 
     async def run(self) -> None:
@@ -110,69 +134,83 @@ class Cell:
                 self.actor._tasks = tasks
                 await self.actor.start()
                 self.up.set_result(None)
-                serving = tasks.create_task(self._serve(tasks), name=f"{self.name}:serve")
+                tasks.create_task(self._serve(tasks, self.turns), name=f"{self.name}:turns")
+                tasks.create_task(self._serve(tasks, self.overlapping), name=f"{self.name}:overlapping")
                 await self._closing.wait()
-                serving.cancel()
                 raise _Stop
         except* _Stop:
             pass
-        except* BaseException as group:
+        except* BaseException as group:  # noqa: BLE001 (the edge of an actor: its supervisor gets it)
             reason = _first(group)
         self.actor._tasks = None
         try:
-            await self.actor.stop(reason)
-        except Exception as error:
-            reason = reason or error
+            reason = await self._stop(reason)
         finally:
-            if self.actor._thread is not None:
-                self.actor._thread.shutdown(wait=False, cancel_futures=True)
-        for delivery in self.mailbox.remove(lambda _: True):
-            self._node.dead_letter(delivery, self.name, f"actor stopped: {reason or 'orderly stop'}")
-        if not self.up.done():
-            self.up.set_exception(reason or asyncio.CancelledError())
-            self.up.exception()
+            self._bury(reason)
         if reason is not None:
             raise reason
 
-    async def _serve(self, tasks: asyncio.TaskGroup) -> None:
-        while True:
-            delivery = await self.mailbox.get()
+    async def _stop(self, reason: BaseException | None) -> BaseException | None:
+        """Gives the actor a bounded time to close; returns why it ended."""
+        stopping = asyncio.create_task(self.actor.stop(reason), name=f"{self.name}:stop")
+        try:
+            _, late = await asyncio.wait([stopping], timeout=STOP_S)
+        finally:
+            stopping.cancel()
+            stopping.add_done_callback(lambda task: task.cancelled() or task.exception())
+        if late:
+            return reason or DeadlineExceeded(f"{self.name}: stop() took longer than {STOP_S:g} s")
+        return reason or (None if stopping.cancelled() else stopping.exception())
+
+    def _bury(self, reason: BaseException | None) -> None:
+        if self.actor._thread is not None:
+            self.actor._thread.close()
+        why = f"the actor stopped ({reason or 'in good order'}) before its turn"
+        for delivery in self._remove(lambda _: True):
             self._node.taken(delivery, self.name)
-            now = asyncio.get_running_loop().time()
-            if delivery.deadline is not None and delivery.deadline < now:
-                self._node.dead_letter(delivery, self.name, "deadline passed before its turn")
+            self._node.dead_letter(
+                delivery, self.name, ActorDied(f"{self.name}.{delivery.method} did not run: {why}; ask again")
+            )
+        if not self.up.done():
+            self.up.set_exception(reason or ActorDied(f"{self.name} was stopped before it was up"))
+            self.up.exception()
+
+    async def _serve(self, tasks: asyncio.TaskGroup, mailbox: Mailbox[Delivery]) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            delivery = await mailbox.get()
+            self._node.taken(delivery, self.name)
+            if delivery.deadline is not None and delivery.deadline < loop.time():
+                late = f"{self.name}.{delivery.method} did not run: its deadline passed before its turn"
+                self._node.dead_letter(delivery, self.name, DeadlineExceeded(late))
                 continue
             spec = self.actor.messages[delivery.method]
             task = tasks.create_task(self._handle(delivery, spec), name=f"{self.name}.{delivery.method}")
             self._running[delivery.key] = task, delivery
-            task.add_done_callback(lambda _, key=delivery.key: self._forget(key))
-            if not spec.concurrent:
+            task.add_done_callback(partial(self._ended, delivery))
+            if mailbox is self.turns:
                 await asyncio.wait([task])
 
     async def _handle(self, delivery: Delivery, spec: MessageSpec) -> None:
-        current_deadline.set(delivery.deadline if spec.kind != "stream" else None)
+        set_limit(delivery.deadline if spec.kind != "stream" else None)
         handler: Callable[..., Any] = getattr(self.actor, delivery.method)
-        if (spec.kind == "stream") != (delivery.kind is Kind.STREAM):
-            verb = "ask it with .stream(...)" if spec.kind == "stream" else "it answers once: call it"
-            self._fail(delivery, UnknownMessage(f"{self.name}.{delivery.method}: {verb}"))
-            return
         try:
             if spec.kind == "stream":
                 await self._stream(delivery, handler)
                 return
             if spec.kind == "thread":
-                value = await self.actor.in_thread(lambda: handler(*delivery.args, **delivery.kwargs))
+                value = await self.actor.in_thread(partial(handler, *delivery.args, **delivery.kwargs))
             else:
                 value = await handler(*delivery.args, **delivery.kwargs)
-        except Exception as error:
-            self._fail(delivery, error)
-        except asyncio.CancelledError:
-            if delivery.key not in self._withdrawn:
-                self._node.answer(delivery, Kind.ERROR, ActorDied(f"{self.name} stopped while it worked on {spec.name}"))
-            raise
-        else:
             if delivery.kind is Kind.CALL:
                 self._node.answer(delivery, Kind.REPLY, value)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            self._fail(delivery, RuntimeError(f"{delivery.method} awaited something that was cancelled"))
+        except Exception as error:  # noqa: BLE001 (the edge of an actor: the caller gets it)
+            self._fail(delivery, error)
 
     async def _stream(self, delivery: Delivery, handler: Callable[..., Any]) -> None:
         delivery.window = CreditWindow(STREAM_WINDOW)
@@ -185,9 +223,20 @@ class Cell:
             await items.aclose()
         self._node.answer(delivery, Kind.END, None)
 
-    def _forget(self, key: tuple[str, int]) -> None:
-        self._running.pop(key, None)
-        self._withdrawn.discard(key)
+    def _mailbox(self, spec: MessageSpec) -> Mailbox[Delivery]:
+        return self.overlapping if spec.concurrent else self.turns
+
+    def _remove(self, matches: Callable[[Delivery], bool]) -> list[Delivery]:
+        return self.turns.remove(matches) + self.overlapping.remove(matches)
+
+    def _ended(self, delivery: Delivery, task: asyncio.Task[None]) -> None:
+        # Here and not in the handler: a task that is cancelled before its first step runs none of its code.
+        del self._running[delivery.key]
+        if delivery.key in self._withdrawn:
+            self._withdrawn.discard(delivery.key)
+        elif task.cancelled():
+            stopped = ActorDied(f"{self.name} stopped while it worked on {delivery.method}; it may have run")
+            self._node.dead_letter(delivery, self.name, stopped)
 
     def _fail(self, delivery: Delivery, error: Exception) -> None:
         """To the caller, or if there is none to the supervisor."""
@@ -201,5 +250,3 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-

@@ -31,8 +31,12 @@ OUT_OF_BAND_BYTES = 512
 MAX_DEPTH = 64
 """Nesting of tuples and dataclasses that is still read."""
 
+_PACK_BYTES = 1024
+"""First size of a packing buffer; msgpack's own, 256 KiB, costs more than the packing."""
+
 _ARRAY, _DATACLASS, _TUPLE, _SCALAR = 1, 2, 3, 4
 _DTYPES = frozenset("|b1 |u1 |i1 <u2 <i2 <u4 <i4 <u8 <i8 <f2 <f4 <f8".split())
+_MALFORMED = (ValueError, TypeError, OverflowError, RecursionError, msgpack.exceptions.UnpackException)
 
 T = TypeVar("T")
 _by_name: dict[str, type] = {}
@@ -61,36 +65,43 @@ def encode(value: object) -> tuple[bytes, list[Buffer]]:
     buffers: list[Buffer] = []
 
     def pack(item: object) -> bytes:
-        packed: bytes = msgpack.packb(item, default=default, strict_types=True)
+        packed: bytes = msgpack.packb(item, default=default, strict_types=True, buf_size=_PACK_BYTES)
         return packed
 
     def default(item: object) -> Any:
-        if isinstance(item, np.ndarray):
-            return msgpack.ExtType(_ARRAY, _pack_array(item, buffers))
         schema = _schema.get(type(item))
         if schema is not None:
             name, crc, fields = schema
-            values = []
-            for field in fields:
-                try:
-                    values.append(pack(getattr(item, field)))
-                except CodecError as error:
-                    raise CodecError(f"{type(item).__name__}.{field}: {error}") from None
-            head = pack([name, crc])
-            return msgpack.ExtType(_DATACLASS, head + b"".join(values))
+            try:
+                return msgpack.ExtType(_DATACLASS, pack([name, crc, *[getattr(item, field) for field in fields]]))
+            except (CodecError, OverflowError, ValueError, TypeError):
+                for field in fields:
+                    attempt(getattr(item, field), f"{type(item).__name__}.{field}: ")
+                raise
+        if isinstance(item, np.ndarray):
+            return msgpack.ExtType(_ARRAY, _pack_array(item, buffers))
         if isinstance(item, tuple):
             return msgpack.ExtType(_TUPLE, pack(list(item)))
         if isinstance(item, np.generic) and item.dtype.str in _DTYPES:
             return msgpack.ExtType(_SCALAR, item.dtype.str.encode() + item.tobytes())
+        if type(item) is int:
+            raise CodecError(f"{item} can't travel in a message; integers have at most 64 bits")
         raise CodecError(
             f"{type(item).__module__}.{type(item).__qualname__} can't travel in a message; "
             "send numpy arrays, plain values or a dataclass marked @wire"
         )
 
-    try:
-        return pack(value), buffers
-    except (OverflowError, ValueError, TypeError) as error:
-        raise CodecError(f"{type(value).__name__} can't travel in a message: {error}") from None
+    def attempt(item: object, path: str) -> bytes:
+        try:
+            return pack(item)
+        except CodecError as error:
+            raise CodecError(f"{path}{error}") from None
+        except RecursionError:
+            raise CodecError(f"{path}{type(item).__name__} is nested too deep, or holds itself") from None
+        except (OverflowError, ValueError, TypeError) as error:
+            raise CodecError(f"{path}{type(item).__name__} can't travel in a message: {error}") from None
+
+    return attempt(value, ""), buffers
 
 
 def decode(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
@@ -116,7 +127,7 @@ def decode(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
             if code == _SCALAR:
                 return _unpack_scalar(payload)
             if code == _DATACLASS:
-                return _unpack_dataclass(payload, ext)
+                return _build(*unpack(payload))
         finally:
             depth -= 1
         raise CodecError(f"unknown extension type {code}")
@@ -125,21 +136,21 @@ def decode(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
         return unpack(data)
     except CodecError:
         raise
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException, UnicodeDecodeError, RecursionError) as error:
+    except _MALFORMED as error:
         raise CodecError(f"malformed message: {error}") from None
 
 
 def dumps(value: object) -> bytes:
     """Packs `value` and its buffers as one block, for files. Raises CodecError."""
     pack, buffers = encode(value)
-    return bytes(msgpack.packb([pack, *map(bytes, buffers)]))
+    return bytes(msgpack.packb([pack, *map(bytes, buffers)], buf_size=_PACK_BYTES))
 
 
 def loads(data: bytes) -> Any:
     """The value of `dumps`. Raises CodecError."""
     try:
         pack, *buffers = msgpack.unpackb(data)
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+    except _MALFORMED as error:
         raise CodecError(f"malformed block: {error}") from None
     return decode(pack, buffers)
 
@@ -150,9 +161,9 @@ def _pack_array(array: np.ndarray, buffers: list[Buffer]) -> bytes:
         raise CodecError(f"arrays of dtype {array.dtype} can't travel; allowed: {', '.join(sorted(_DTYPES))}")
     array = np.ascontiguousarray(array) if not array.flags.c_contiguous else array
     if array.nbytes < OUT_OF_BAND_BYTES:
-        return bytes(msgpack.packb([dtype, list(array.shape), array.tobytes()]))
-    buffers.append(memoryview(array).cast("B"))
-    return bytes(msgpack.packb([dtype, list(array.shape), len(buffers) - 1]))
+        return bytes(msgpack.packb([dtype, list(array.shape), array.tobytes()], buf_size=_PACK_BYTES))
+    buffers.append(array.data.cast("B"))
+    return bytes(msgpack.packb([dtype, list(array.shape), len(buffers) - 1], buf_size=_PACK_BYTES))
 
 
 def _unpack_array(payload: bytes, buffers: Sequence[Buffer]) -> np.ndarray:
@@ -180,14 +191,14 @@ def _unpack_scalar(payload: bytes) -> Any:
     return np.frombuffer(payload, dtype=dtype, offset=3)[0]
 
 
-def _unpack_dataclass(payload: bytes, ext: Any) -> Any:
-    unpacker = msgpack.Unpacker(ext_hook=ext, strict_map_key=False, max_buffer_size=0)
-    unpacker.feed(payload)
-    (name, crc), *values = list(unpacker)
+def _build(name: str, crc: int, *values: Any) -> Any:
     cls = _by_name.get(name)
     if cls is None:
         raise CodecError(f"unknown type {name!r}: it is not marked @wire, or this process has not imported it")
     _, own_crc, fields = _schema[cls]
     if crc != own_crc or len(values) != len(fields):
         raise CodecError(f"{name} has other fields at the sender: both ends must run the same version")
-    return cls(**dict(zip(fields, values, strict=True)))
+    try:
+        return cls(**dict(zip(fields, values, strict=True)))
+    except Exception as error:
+        raise CodecError(f"{name} refuses its fields: {type(error).__name__}: {error}") from error

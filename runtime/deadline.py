@@ -1,28 +1,57 @@
 """Deadlines that travel: `async with timeout(5):` bounds the block, every call in it, and what those calls call.
 
-Plain `asyncio.timeout` works too (the callee is cancelled with the caller), but its time does not travel, since asyncio does
-not show it to the code inside.
+Plain `asyncio.timeout` works too (the callee is cancelled with the caller), but its time does not travel, since
+asyncio does not show it to the code inside.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 
-current_deadline: ContextVar[float | None] = ContextVar("headrace_deadline", default=None)
-"""Loop time by which the current message must be answered, or None."""
+GRACE_S = 0.005
+"""A call gives up so much earlier than the block around it: its error says who waited for whom."""
+
+_limit: ContextVar[float | None] = ContextVar("headrace_limit", default=None)
+_chosen: ContextVar[bool] = ContextVar("headrace_chosen", default=False)
+
+
+def set_limit(limit: float | None) -> None:
+    """From here on this task works on a message that must be answered by `limit` (loop time), or on none."""
+    _limit.set(limit)
+    _chosen.set(False)
+
+
+def unlimited() -> Context:
+    """The present context for work that outlives the message it was started by, and so has none of its deadline."""
+    context = contextvars.copy_context()
+    context.run(set_limit, None)
+    return context
+
+
+def deadline_of_call(now: float, own_s: float) -> float:
+    """When a call made at `now` is given up. A `timeout` block decides; without one, whatever comes first of the call's
+    own default `own_s` and the limit of the message that is being worked on."""
+    limit = _limit.get()
+    if limit is None:
+        return now + own_s
+    return limit if _chosen.get() else min(now + own_s, limit)
 
 
 @asynccontextmanager
 async def timeout(seconds: float) -> AsyncIterator[asyncio.Timeout]:
-    """Like `asyncio.timeout(seconds)`, and the time left travels with every call made inside. Raises TimeoutError."""
+    """Like `asyncio.timeout(seconds)`, and the time left travels with every call made inside, instead of the calls' own
+    defaults. Raises TimeoutError; a call inside raises DeadlineExceeded, which is one."""
     when = asyncio.get_running_loop().time() + seconds
-    outer = current_deadline.get()
-    token = current_deadline.set(when if outer is None else min(when, outer))
+    outer = _limit.get()
+    limit = _limit.set(when if outer is None else min(when, outer))
+    chosen = _chosen.set(True)
     try:
-        async with asyncio.timeout_at(when) as scope:
+        async with asyncio.timeout_at(when + GRACE_S) as scope:
             yield scope
     finally:
-        current_deadline.reset(token)
+        _limit.reset(limit)
+        _chosen.reset(chosen)

@@ -1,7 +1,9 @@
-"""Who lives where: every node's copy of the system's actor table. The root writes it; changes are broadcast.
+"""Who lives where: every node's copy of the system's actor table.
 
     starting -> up -> down -> starting -> up ...       a restart: calls made meanwhile wait for the next `up`
                  '--> stopped                          for good: calls raise ActorDied
+
+The root writes it; changes are broadcast. Knows nothing of how actors are reached.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Literal
 from .codec import wire
 from .errors import ActorDied, UnknownActor, UnknownMessage
 from .mailbox import Lane
+from .protocol import CALL_WINDOW
 
 
 @wire
@@ -33,6 +36,8 @@ class Status:
     class_name: str = ""
     messages: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Lane and default deadline in seconds of each @message."""
+    window: int = CALL_WINDOW
+    """Messages of one node that may be under way to it."""
 
     def message(self, method: str) -> tuple[Lane, float]:
         """How a message to it travels. Raises UnknownMessage, with those it has."""

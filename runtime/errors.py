@@ -15,8 +15,8 @@ class CodecError(RuntimeFault):
 
 
 class ActorDied(RuntimeFault):
-    """The actor (or its node) died while your call was with it; whether it ran is unknown. Ask again if it may run twice:
-    the same ref reaches the next incarnation."""
+    """The actor (or its node) died while your call was with it; the text says if it is sure not to have run. Ask again
+    if it may run twice: the same ref reaches the next incarnation."""
 
 
 class UnknownActor(RuntimeFault):
@@ -70,8 +70,8 @@ class PoolFull(RuntimeFault):
 
 
 class JournalError(RuntimeFault):
-    """A journal can't be written (full disk), read (damaged) or is in use. The text says which, and what to do; what was
-    in it is kept."""
+    """A journal can't be written (full disk), read (damaged) or is in use. The text says which, and what to do; what
+    was in it is kept."""
 
 
 class CorruptWeights(RuntimeFault):

@@ -1,7 +1,7 @@
 """Starts node processes on this host and reports their exit. Knows nothing of actors or messages.
 
-A node gets its spec on standard input, an own session (so that Ctrl-C at the terminal reaches the launcher only), and its
-output goes to the run's logs. It dies with its launcher: see agent.py. Exits are seen by pidfd, within milliseconds.
+A node gets its spec on standard input, an own session (so that Ctrl-C at the terminal reaches the launcher only), and
+its output goes to the run's logs. It dies with its launcher: see agent.py. Exits are seen by pidfd, in milliseconds.
 """
 
 from __future__ import annotations

@@ -1,54 +1,36 @@
 """A node: one process, one loop, many cells. Sends the messages of its actors and delivers those that arrive.
 
-    ref.judge(x) -> Node.call -> [here] Cell.deliver            [elsewhere] Transport.send -> wire -> Node._receive -> Cell
-                 <- future    <- Node._resolve <- Cell.answer   <- wire <- Transport.send <- Cell.answer
+    ref.judge(x) -> Node.call -> [here] Cell.deliver        [elsewhere] Transport.send -> wire -> Node._receive -> Cell
+                 <- Waits     <- Node._resolve <- Cell.answer <- wire <- Transport.send <- Cell.answer
 
-Every wait for another actor is an entry of `pending` with its owner, target, start and deadline: `waits()` lists them.
 Knows nothing of supervision, and starts no process: see system.py and agent.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import threading
 from collections import Counter, deque
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from .cell import Cell, Delivery
 from .codec import Buffer, decode, encode
-from .deadline import current_deadline
 from .directory import Directory, Status
-from .errors import ActorDied, CodecError, DeadlineExceeded, MailboxFull, RuntimeFault
+from .errors import ActorDied, CodecError, MailboxFull, RuntimeFault
 from .events import EventLog
 from .mailbox import CreditWindow, Lane
-from .protocol import CALL_WINDOW, REQUESTS, STREAM_WINDOW, Kind, pack_error, unpack_error
+from .protocol import REQUESTS, STREAM_WINDOW, Kind, pack_error
 from .ref import Ref
 from .transport import Envelope, Transport
+from .waits import Pending, Waits
 
 MAX_DEAD_LETTERS = 1000
+MAX_MALFORMED_EVENTS = 20
 
-
-@dataclass(slots=True, eq=False)
-class _Pending:
-    """Somebody here waits for an answer."""
-
-    id: int
-    target: str
-    method: str
-    node: str
-    since: float
-    deadline: float
-    owner: str
-    future: asyncio.Future[Any] | None = None
-    items: deque[Any] = field(default_factory=deque)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    end: RuntimeFault | bool | None = None
-    """For a stream: True when it ended well, its error if not."""
-
-    def __str__(self) -> str:
-        return f"{self.owner or 'this program'} waits for {self.target}.{self.method}"
+_KINDS = {int(kind): kind for kind in Kind}
+_LANES = {int(lane): lane for lane in Lane}
 
 
 class Node:
@@ -60,13 +42,14 @@ class Node:
         self.cells: dict[str, Cell] = {}
         self.dead_letters: deque[dict[str, Any]] = deque(maxlen=MAX_DEAD_LETTERS)
         self.counters: Counter[str] = Counter()
+        """dead_letters, malformed, fenced, stale_answers, late_answers, undeliverable_answers, lost_events."""
+        self.waits = Waits(lambda name: self.directory.get(name).state)
         self._events = events
-        self._ids = itertools.count(1)
-        self._pending: dict[int, _Pending] = {}
         self._credits: dict[tuple[str, str], CreditWindow] = {}
         self._taken: Counter[tuple[str, str]] = Counter()
         self._fenced: set[str] = set()
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self.transport = Transport(key, address, self._receive, self._malformed)
 
     # Sending ------------------------------------------------------------------------------------------------
@@ -75,79 +58,75 @@ class Node:
         return Ref(self, name)
 
     async def call(self, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See Ref. Waits for a restarting actor to come back, for credit, and for the answer, all within one deadline."""
-        pending = self._begin(name, method)
-        pending.future = self._loop.create_future()
+        """See Ref. Waits for a restarting actor to come back, for room, and for the answer, all within one deadline."""
+        pending = self.waits.begin_call(name, method, self._default_s(name, method))
+        assert pending.future is not None
+        limit = asyncio.timeout_at(pending.deadline)
         try:
-            async with asyncio.timeout_at(pending.deadline):
+            async with limit:
                 await self._request(Kind.CALL, pending, args, kwargs)
                 return await pending.future
         except TimeoutError:
+            if not limit.expired():
+                raise  # It is what the callee raised.
             self._withdraw(pending)
-            waited = self._loop.time() - pending.since
-            raise DeadlineExceeded(f"{pending}: no answer within {waited:.3g} s") from None
+            raise self.waits.too_late(pending, "no answer") from None
         except asyncio.CancelledError:
             self._withdraw(pending)
             raise
         finally:
-            self._pending.pop(pending.id, None)
+            self.waits.end(pending)
 
     def cast(self, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See Ref. What can't be handed over at once raises; what dies on the way becomes a dead letter there."""
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(f"{name}.{method} was cast from a thread; let the thread return, and cast then")
         status = self.directory.ready(name)
         if status is None:
-            raise ActorDied(f"{name} is not up: {self.directory.get(name).reason or 'starting'}; a call would wait")
+            raise ActorDied(f"{name} is not up ({self.directory.get(name).reason or 'starting'}); a call would wait")
         lane, _ = status.message(method)
-        if status.node != self.key and lane >= Lane.NORMAL and not self._window(status.node, name).take_nowait():
-            raise MailboxFull(f"{name}: {CALL_WINDOW} messages from here are under way; use a call, which waits")
-        self._dispatch(status, Kind.CAST, next(self._ids), method, lane, None, args, kwargs)
+        window = self._window(status, lane)
+        if window is not None and not window.take_nowait():
+            raise MailboxFull(f"{name}: {window.size} messages from here wait there; slow down, or call, which waits")
+        self._dispatch(status, window, Kind.CAST, self.waits.next_id(), method, lane, None, args, kwargs)
 
     async def stream(
         self, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> AsyncGenerator[Any, None]:
         """See Ref. The deadline bounds the wait for each item, not the whole."""
-        pending = self._begin(name, method)
+        pending = self.waits.begin_stream(name, method, self._default_s(name, method))
+        assert pending.arrived is not None
         patience = pending.deadline - pending.since
+        limit = asyncio.timeout(patience)
         consumed = 0
         try:
-            async with asyncio.timeout(patience):
+            async with limit:
                 await self._request(Kind.STREAM, pending, args, kwargs)
             while True:
-                if not pending.items and pending.end is None:
+                if pending.items:
+                    yield pending.items.popleft()
+                    consumed += 1
+                    if consumed >= STREAM_WINDOW // 2:
+                        self._post(pending.node, Kind.MORE, pending.id, name, consumed)
+                        consumed = 0
+                elif pending.end is not None:
+                    break
+                else:
                     pending.arrived.clear()
                     pending.since, pending.deadline = self._loop.time(), self._loop.time() + patience
-                    async with asyncio.timeout(patience):
+                    limit = asyncio.timeout(patience)
+                    async with limit:
                         await pending.arrived.wait()
-                    continue
-                if not pending.items:
-                    break
-                yield pending.items.popleft()
-                consumed += 1
-                if consumed >= STREAM_WINDOW // 2:
-                    self._post(pending.node, Kind.MORE, pending.id, name, [consumed])
-                    consumed = 0
             if isinstance(pending.end, RuntimeFault):
                 raise pending.end
         except TimeoutError:
-            raise DeadlineExceeded(f"{pending}: no item within {patience:.3g} s") from None
+            if not limit.expired():
+                raise  # It is what the callee raised.
+            raise self.waits.too_late(pending, "no item") from None
         finally:
             if pending.end is None:
                 self._withdraw(pending)
-            self._pending.pop(pending.id, None)
-
-    def waits(self) -> list[dict[str, Any]]:
-        """Who here waits for whom, for which message, since and until when (seconds from now)."""
-        now = self._loop.time()
-        return [
-            {
-                "owner": p.owner,
-                "target": p.target,
-                "method": p.method,
-                "waited_s": round(now - p.since, 3),
-                "left_s": round(p.deadline - now, 3),
-            }
-            for p in self._pending.values()
-        ]
+            self.waits.end(pending)
 
     # Peers --------------------------------------------------------------------------------------------------
 
@@ -155,29 +134,26 @@ class Node:
         """Fences a dead node: its messages are refused from now on, and everybody who waits for it is told."""
         self._fenced.add(key)
         self.transport.disconnect(key)
-        for pending in list(self._pending.values()):
-            if pending.node == key:
-                self._settle(pending, ActorDied(f"{pending}, but node {key} died: {reason}"))
-        for (node, actor), window in list(self._credits.items()):
-            if node == key:
-                window.fail(ActorDied(f"{actor}: node {key} died: {reason}"))
-                del self._credits[node, actor]
-        for taken in [t for t in self._taken if t[0] == key]:
-            del self._taken[taken]
+        self.waits.fail(f"its node {key} died: {reason}; it may have run, so ask again only if that is safe", node=key)
+        for slot in [slot for slot in self._credits if slot[0] == key]:
+            self._credits.pop(slot).close()
+        for slot in [slot for slot in self._taken if slot[0] == key]:
+            del self._taken[slot]
         for cell in self.cells.values():
             cell.cancel_origin(key)
 
     def emit(self, event: str, **fields: Any) -> None:
-        """Writes to events.jsonl: here if this is the root, else by a cast to it."""
-        if self._events is not None:
+        """Writes to events.jsonl: here if this is the root, else by a cast to it. From any thread."""
+        if threading.get_ident() != self._thread:
+            self._loop.call_soon_threadsafe(partial(self.emit, event, **fields))
+        elif self._events is not None:
             self._events.write(event, **fields)
         else:
             self.cast("$root", "emit", (event, fields), {})
 
     async def close(self) -> None:
         await self.transport.close()
-        for pending in list(self._pending.values()):
-            self._settle(pending, ActorDied(f"{pending}, but this node is closing"))
+        self.waits.fail("this node is closing")
 
     # What cells need (cell.Answers) -------------------------------------------------------------------------
 
@@ -187,164 +163,188 @@ class Node:
         if kind is Kind.ERROR:
             value = pack_error(value)
         if delivery.origin == self.key:
-            self._resolve(kind, delivery.id, value)
-            return
-        try:
+            self._resolve(self.key, kind, delivery.id, value)
+        else:
             self._post(delivery.origin, kind, delivery.id, delivery.method, value)
-        except CodecError as error:
-            self._post(delivery.origin, Kind.ERROR, delivery.id, delivery.method, pack_error(error))
 
     def taken(self, delivery: Delivery, actor: str) -> None:
-        if delivery.origin == self.key or delivery.lane < Lane.NORMAL:
-            return
-        slot = delivery.origin, actor
-        self._taken[slot] += 1
-        if self._taken[slot] >= CALL_WINDOW // 4:
-            self._post(delivery.origin, Kind.CREDIT, 0, actor, [self._taken.pop(slot)])
+        if delivery.credited:
+            self._return_credit(delivery.origin, actor)
 
-    def dead_letter(self, delivery: Delivery, actor: str, reason: str) -> None:
+    def dead_letter(self, delivery: Delivery, actor: str, error: RuntimeFault) -> None:
         self.counters["dead_letters"] += 1
         self.dead_letters.append(
-            {"actor": actor, "method": delivery.method, "from": delivery.origin, "reason": reason}
+            {"actor": actor, "method": delivery.method, "from": delivery.origin, "reason": str(error)}
         )
-        self.answer(delivery, Kind.ERROR, ActorDied(f"{actor}.{delivery.method} was not delivered: {reason}"))
+        self.answer(delivery, Kind.ERROR, error)
 
-    # Inside -------------------------------------------------------------------------------------------------
+    # Inside: sending ----------------------------------------------------------------------------------------
 
-    def _begin(self, name: str, method: str) -> _Pending:
-        now = self._loop.time()
-        own = now + self.directory.get(name).message(method)[1]
-        inherited = current_deadline.get()
-        task = asyncio.current_task()
-        owner = task.get_name() if task is not None else ""
-        deadline = own if inherited is None else min(own, inherited)
-        pending = _Pending(next(self._ids), name, method, "", now, deadline, owner)
-        self._pending[pending.id] = pending
-        return pending
+    def _default_s(self, name: str, method: str) -> float:
+        return self.directory.get(name).message(method)[1]
 
-    async def _request(self, kind: Kind, pending: _Pending, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    async def _request(self, kind: Kind, pending: Pending, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Sends as soon as the actor is up and has room."""
         name = pending.target
         while True:
             status = await self.directory.when_up(name)
             lane, _ = status.message(pending.method)
-            if status.node != self.key and lane >= Lane.NORMAL:
-                await self._window(status.node, name).take()
+            window = self._window(status, lane)
+            if window is not None:
+                if not window.take_nowait() and not await window.take():
+                    continue
             elif status.node == self.key and name in self.cells:
-                await self.cells[name].mailbox.room(lane)
-            if self.directory.ready(name) == status:
+                await self.cells[name].room(pending.method, lane)
+            if self.directory.get(name) is status:
                 break
+            if window is not None:
+                window.give(1)
         pending.node = status.node
-        self._dispatch(status, kind, pending.id, pending.method, lane, pending.deadline, args, kwargs)
+        self._dispatch(status, window, kind, pending.id, pending.method, lane, pending.deadline, args, kwargs)
 
     def _dispatch(
-        self, status: Status, kind: Kind, id: int, method: str, lane: Lane, deadline: float | None,
-        args: tuple[Any, ...], kwargs: dict[str, Any],
+        self, status: Status, window: CreditWindow | None, kind: Kind, id: int, method: str, lane: Lane,
+        deadline: float | None, args: tuple[Any, ...], kwargs: dict[str, Any],
     ) -> None:  # fmt: skip
         if status.node == self.key:
-            self._deliver(status.name, Delivery(kind, id, self.key, method, lane, deadline, args, kwargs))
+            delivery = Delivery(kind, id, self.key, method, lane, deadline, args, kwargs)
+            self._deliver(status.name, status.incarnation, delivery)
             return
-        pack, buffers = encode((list(args), kwargs))
         left = None if deadline is None else max(0, round((deadline - self._loop.time()) * 1000))
-        if not self.transport.send(status.node, [kind, id, status.name, method, lane, left, pack], buffers):
-            raise ActorDied(f"{status.name}: node {status.node} is not connected")
+        try:
+            pack, buffers = encode([list(args), kwargs])
+            envelope = [kind, id, status.name, method, lane, status.incarnation, left, pack]
+            if not self.transport.send(status.node, envelope, buffers):
+                raise ActorDied(f"{status.name}: its node {status.node} is not connected; ask again")
+        except RuntimeFault:
+            if window is not None:
+                window.give(1)
+            raise
 
-    def _post(self, node: str, kind: Kind, id: int, method: str, value: Any) -> None:
+    def _post(self, node: str, kind: Kind, id: int, target: str, value: Any) -> None:
         if node == self.key:
-            self._control(kind, self.key, id, method, value)
+            self._control(kind, self.key, id, target, value)
             return
         pack, buffers = encode(value)
-        if not self.transport.send(node, [kind, id, method, "", Lane.SYSTEM, None, pack], buffers):
+        if not self.transport.send(node, [kind, id, target, "", Lane.SYSTEM, 0, None, pack], buffers):
             self.counters["undeliverable_answers"] += 1
 
-    def _deliver(self, name: str, delivery: Delivery) -> None:
+    def _withdraw(self, pending: Pending) -> None:
+        if pending.node:
+            self._post(pending.node, Kind.CANCEL, pending.id, pending.target, None)
+
+    def _window(self, status: Status, lane: Lane) -> CreditWindow | None:
+        """The credits for an actor elsewhere; None where none are needed."""
+        if status.node == self.key or lane < Lane.NORMAL:
+            return None
+        slot = status.node, status.name
+        window = self._credits.get(slot)
+        if window is None:
+            window = self._credits[slot] = CreditWindow(status.window)
+        return window
+
+    # Inside: receiving --------------------------------------------------------------------------------------
+
+    def _deliver(self, name: str, incarnation: int, delivery: Delivery) -> None:
         cell = self.cells.get(name)
-        if cell is None:
-            self.dead_letter(delivery, name, "no such actor here")
-            return
         try:
+            if cell is None or cell.incarnation != incarnation:
+                now = "it is not here now" if cell is None else f"that is number {cell.incarnation} now"
+                raise ActorDied(
+                    f"{name}.{delivery.method} did not run: it was sent to incarnation {incarnation}, {now}; ask again"
+                )
             cell.deliver(delivery)
         except RuntimeFault as error:
             self.taken(delivery, name)
             if delivery.kind is Kind.CAST and delivery.origin == self.key:
                 raise
-            self.dead_letters.append(
-                {"actor": name, "method": delivery.method, "from": delivery.origin, "reason": str(error)}
-            )
-            self.counters["dead_letters"] += 1
-            self.answer(delivery, Kind.ERROR, error)
+            self.dead_letter(delivery, name, error)
 
     def _receive(self, sender: str, envelope: Envelope, buffers: list[Buffer]) -> None:
         if sender in self._fenced:
             self.counters["fenced"] += 1
             return
+        code, id, target, method, lane_code, incarnation, left, pack = envelope
+        kind, lane = _KINDS.get(code), _LANES.get(lane_code)
+        if kind is None or lane is None:
+            self._malformed(sender, f"no kind {code} or no lane {lane_code}")
+            return
         try:
-            code, id, target, method, lane, left, pack = envelope
-            kind = Kind(code)
             value = decode(pack, buffers)
-            if kind in REQUESTS:
-                args, kwargs = value
-                deadline = None if left is None else self._loop.time() + left / 1000
-                delivery = Delivery(kind, id, sender, method, Lane(lane), deadline, tuple(args), kwargs)
-        except (CodecError, ValueError, TypeError) as error:
-            self._malformed(sender, str(error))
-            if isinstance(envelope[1], int) and envelope[0] in (Kind.CALL, Kind.STREAM):
-                self._post(sender, Kind.ERROR, envelope[1], "", pack_error(CodecError(str(error))))
-            elif isinstance(envelope[1], int) and envelope[0] in (Kind.REPLY, Kind.ITEM):
-                self._resolve(Kind.ERROR, envelope[1], pack_error(CodecError(str(error))))
+            _check(kind, value)
+        except CodecError as error:
+            self._refuse(sender, kind, id, target, lane, error)
             return
         if kind in REQUESTS:
-            self._deliver(target, delivery)
+            deadline = None if left is None else self._loop.time() + left / 1000
+            credited = lane >= Lane.NORMAL
+            delivery = Delivery(kind, id, sender, method, lane, deadline, tuple(value[0]), value[1], credited)
+            self._deliver(target, incarnation, delivery)
         else:
             self._control(kind, sender, id, target, value)
+
+    def _refuse(self, sender: str, kind: Kind, id: int, target: str, lane: Lane, error: CodecError) -> None:
+        """What can't be read fails the one who waits for it, there or here."""
+        self._malformed(sender, str(error))
+        if kind in REQUESTS:
+            if lane >= Lane.NORMAL:
+                self._return_credit(sender, target)
+            if kind is not Kind.CAST:
+                self._post(sender, Kind.ERROR, id, target, pack_error(error))
+        elif kind in (Kind.REPLY, Kind.ERROR, Kind.ITEM, Kind.END):
+            self._control(Kind.ERROR, sender, id, target, pack_error(error))
 
     def _control(self, kind: Kind, sender: str, id: int, target: str, value: Any) -> None:
         match kind:
             case Kind.CREDIT:
-                self._window(sender, target).give(value[0])
-            case Kind.CANCEL | Kind.MORE:
+                self._give(self._credits.get((sender, target)), sender, target, value)
+            case Kind.MORE | Kind.CANCEL:
                 cell = self.cells.get(target)
                 if cell is not None and kind is Kind.CANCEL:
                     cell.cancel((sender, id))
                 elif cell is not None:
-                    cell.stream_credit((sender, id), value[0])
+                    self._give(cell.stream((sender, id)), sender, target, value)
             case _:
-                pending = self._pending.get(id)
-                if pending is not None and pending.node != sender:
-                    self.counters["stale_answers"] += 1
-                    return
-                self._resolve(kind, id, value)
+                self._resolve(sender, kind, id, value)
 
-    def _resolve(self, kind: Kind, id: int, value: Any) -> None:
-        pending = self._pending.get(id)
+    def _give(self, window: CreditWindow | None, sender: str, target: str, count: int) -> None:
+        if window is not None and not window.give(count):
+            self._malformed(sender, f"{count} credits for {target}, more than were taken")
+
+    def _resolve(self, sender: str, kind: Kind, id: int, value: Any) -> None:
+        pending = self.waits.get(id)
         if pending is None:
             self.counters["late_answers"] += 1
-        elif kind is Kind.ITEM:
-            pending.items.append(value)
-            pending.arrived.set()
-        elif kind is Kind.ERROR:
-            self._settle(pending, unpack_error(f"{pending.target}.{pending.method}", value))
-        elif pending.future is None:
-            pending.end = True
-            pending.arrived.set()
-        elif not pending.future.done():
-            pending.future.set_result(value)
+        elif pending.node != sender:
+            self.counters["stale_answers"] += 1
+        else:
+            self.waits.resolve(pending, kind, value)
 
-    def _settle(self, pending: _Pending, error: RuntimeFault) -> None:
-        if pending.future is None:
-            pending.end = pending.end or error
-            pending.arrived.set()
-        elif not pending.future.done():
-            pending.future.set_exception(error)
-
-    def _withdraw(self, pending: _Pending) -> None:
-        if pending.node:
-            self._post(pending.node, Kind.CANCEL, pending.id, pending.target, None)
-
-    def _window(self, node: str, actor: str) -> CreditWindow:
-        return self._credits.setdefault((node, actor), CreditWindow(CALL_WINDOW))
+    def _return_credit(self, sender: str, actor: str) -> None:
+        slot = sender, actor
+        self._taken[slot] += 1
+        cell = self.cells.get(actor)
+        if cell is None or self._taken[slot] >= max(1, cell.window // 4):
+            self._post(sender, Kind.CREDIT, 0, actor, self._taken.pop(slot))
 
     def _malformed(self, sender: str, reason: str) -> None:
         self.counters["malformed"] += 1
-        if self.counters["malformed"] <= 20:
-            self.emit("malformed_message", sender=sender, reason=reason)
+        if self.counters["malformed"] <= MAX_MALFORMED_EVENTS:
+            try:
+                self.emit("malformed_message", sender=sender, reason=reason)
+            except RuntimeFault:
+                self.counters["lost_events"] += 1
 
+
+def _check(kind: Kind, value: Any) -> None:
+    """Raises CodecError unless `value` is what messages of that kind hold."""
+    if kind in REQUESTS:
+        good = type(value) is list and len(value) == 2 and type(value[0]) is list and type(value[1]) is dict
+    elif kind is Kind.ERROR:
+        good = type(value) is list and len(value) == 4 and all(type(text) is str for text in value)
+    elif kind is Kind.CREDIT or kind is Kind.MORE:
+        good = type(value) is int and value > 0
+    else:
+        good = True
+    if not good:
+        raise CodecError(f"a {kind.name.lower()} can't hold a {type(value).__name__} like this")

@@ -14,6 +14,9 @@ STREAM_WINDOW = 64
 CALL_WINDOW = 256
 """Messages of one node under way to one actor before the actor must take some."""
 
+MAX_ERROR_CHARS = 20_000
+"""Of a message or a traceback that travels."""
+
 
 class Kind(IntEnum):
     """First field of an envelope."""
@@ -35,19 +38,33 @@ class Kind(IntEnum):
 
 REQUESTS = frozenset({Kind.CALL, Kind.CAST, Kind.STREAM})
 
-_FAULTS = {
-    name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, RuntimeFault)
-}
+_FAULTS = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, RuntimeFault)}
+
+
+def window_of(mailbox_capacity: int) -> int:
+    """Messages of one node that may be under way to an actor with such a mailbox."""
+    return min(CALL_WINDOW, mailbox_capacity)
 
 
 def pack_error(error: BaseException) -> list[str]:
     """[type name, message, traceback], formatted where it was raised."""
     if isinstance(error, RemoteError):
-        return ["RemoteError", str(error.args[0]), error.remote_traceback, error.remote_type]
+        return ["RemoteError", *map(_clean, (error.args[0], error.remote_traceback, error.remote_type))]
     kind = type(error)
-    name = kind.__name__ if kind.__name__ in _FAULTS else f"{kind.__module__}.{kind.__qualname__}"
+    name = kind.__name__ if _FAULTS.get(kind.__name__) is kind else f"{kind.__module__}.{kind.__qualname__}"
     trace = "".join(traceback.format_exception(error))
-    return [name.removeprefix("builtins."), str(error), trace, ""]
+    return [name.removeprefix("builtins."), _clean(error), _clean(trace), ""]
+
+
+def _clean(text: object) -> str:
+    """Any text as one that can be sent and read: the report of a failure must not fail."""
+    try:
+        clean = str(text)
+    except Exception:  # noqa: BLE001 (an error whose __str__ raises)
+        clean = f"<{type(text).__name__} that can't be printed>"
+    if len(clean) > MAX_ERROR_CHARS:
+        clean = f"{clean[: MAX_ERROR_CHARS // 2]}\n[...]\n{clean[-MAX_ERROR_CHARS // 2 :]}"
+    return clean.encode("utf-8", "replace").decode()
 
 
 def unpack_error(where: str, packed: list[str]) -> RuntimeFault:
@@ -55,6 +72,9 @@ def unpack_error(where: str, packed: list[str]) -> RuntimeFault:
     name, text, trace, remote_type = packed
     fault = _FAULTS.get(name)
     if fault is not None and fault is not RemoteError:
-        return fault(text)
+        known = fault(text)
+        if trace.startswith("Traceback"):
+            known.add_note(f"Traceback in the actor:\n{trace}")
+        return known
     kind = remote_type or name
     return RemoteError(text if name == "RemoteError" else f"{where} raised {name}: {text}", kind, trace)

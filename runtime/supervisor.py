@@ -1,4 +1,4 @@
-"""Decides what happens when a child fails: restart it, when, or give up. Strategy one_for_one: a child's failure is its own.
+"""Decides what happens when a child fails: restart it, when, or give up. Strategy one_for_one: its failure is its own.
 
     failure -> restart type says no  -> stopped
             -> budget left           -> restart after back-off x 2^n with jitter
@@ -63,7 +63,7 @@ class RestartBudget:
                 f"{self.name} failed again after {len(self._recent)} restarts within {policy.window_s:g} s "
                 f"(max_restarts = {policy.max_restarts}); last reason: {reason}"
             )
-        delay = min(policy.backoff_s * 2 ** len(self._recent), policy.max_backoff_s)
+        delay = min(policy.backoff_s * 2.0 ** min(len(self._recent), 60), policy.max_backoff_s)
         self._recent.append(now)
         self.total += 1
         return delay * self._random.uniform(0.8, 1.2)

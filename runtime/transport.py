@@ -1,19 +1,19 @@
 """ZeroMQ between nodes: one ROUTER to receive, one DEALER per peer to send.
 
-    send(peer, envelope) -> queue per peer -> one frame per loop turn -> DEALER ==ipc/tcp==> ROUTER -> on_envelope(peer, ...)
+    send(peer, envelope) -> queue per peer -> a frame per loop turn -> DEALER ==ipc/tcp==> ROUTER -> on_envelope(...)
 
-Plain sockets on the loop's file descriptor, drained at each wake-up: zmq.asyncio costs 24 times the throughput. All envelopes
-of one loop turn to one peer travel as one ZeroMQ message: their packs in the first frame, their buffers in the frames after.
-Nothing is ever sent on the ROUTER, so its silent drops can't happen. A DEALER at its high-water mark leaves the rest in our
-own queue. Delivery is not acknowledged here: calls carry deadlines, and the node that owns this transport is told by pidfd
-or heartbeat when a peer is gone. Knows nothing of actors.
+Plain sockets on the loop's file descriptor, drained at each wake-up: zmq.asyncio costs 24 times the throughput. The
+envelopes of one loop turn to one peer travel as one ZeroMQ message: their packs in the first frame, their buffers in
+the frames after. Nothing is ever sent on the ROUTER, so its silent drops can't happen. A DEALER at its high-water mark
+leaves the rest in our own queue. Delivery is not acknowledged here: calls carry deadlines, and the node that owns this
+transport is told by pidfd or heartbeat when a peer is gone. Knows nothing of actors.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +24,21 @@ from .codec import Buffer
 from .errors import CodecError, LaunchError
 
 Envelope = list[Any]
-"""[kind, id, target, method, lane, milliseconds left or None, pack]; see node.py."""
+"""[kind, id, target, method, lane, incarnation, milliseconds left or None, pack]; see node.py."""
 
 OnEnvelope = Callable[[str, Envelope, list[Buffer]], None]
 OnMalformed = Callable[[str, str], None]
 
 MAX_ENVELOPES_PER_FRAME = 256
-MAX_DRAIN = 500
-MAX_MESSAGE_BYTES = 2**31
+MAX_FRAME_BYTES = 1 << 20
+"""No further envelope joins a frame past it."""
+
+MAX_ENVELOPES_PER_DRAIN = 1000
+"""Received before other work of the loop gets its turn."""
+
+MAX_MESSAGE_BYTES = 1 << 31
+"""Of one pack or buffer. ZeroMQ cuts the connection of a sender that goes beyond, so it is refused before."""
+
 ZERO_COPY_BYTES = 64 * 1024
 HIGH_WATER_MARK = 4096
 MAX_IPC_PATH_BYTES = 107
@@ -48,19 +55,21 @@ class Transport:
     """The sockets of one node. `identity` is the node's key (`name#incarnation`), which receivers see as the sender."""
 
     def __init__(self, identity: str, address: str, on_envelope: OnEnvelope, on_malformed: OnMalformed) -> None:
+        """Binds `address`. Raises LaunchError."""
         self.identity = identity
         self.address = address
         self._on_envelope = on_envelope
         self._on_malformed = on_malformed
         self._peers: dict[str, _Peer] = {}
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._loop = asyncio.get_running_loop()
+        _check_path(address)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._router = self._bind(address)
         self._loop.add_reader(self._router.fileno(), self._drain)
         self._loop.call_soon(self._drain)
 
     def connect(self, peer: str, address: str) -> None:
-        """Opens the way to a peer; sends before its socket is bound wait in ZeroMQ's queue."""
+        """Opens the way to a peer, whose socket had better be bound: ZeroMQ tries again only after a while."""
         if peer in self._peers:
             return
         socket = self._context.socket(zmq.DEALER)
@@ -81,10 +90,15 @@ class Transport:
             gone.socket.close(linger=0)
 
     def send(self, peer: str, envelope: Envelope, buffers: list[Buffer]) -> bool:
-        """Queues an envelope; False if the peer is not connected. `buffers` must not change until they are sent."""
+        """Queues an envelope; False if the peer is not connected. `buffers` must not change until they are sent.
+
+        Raises CodecError for what is too large for one message.
+        """
         link = self._peers.get(peer)
         if link is None:
             return False
+        if any(len(piece) > MAX_MESSAGE_BYTES - MAX_FRAME_BYTES for piece in (envelope[-1], *buffers)):
+            raise CodecError(f"a message holds at most {MAX_MESSAGE_BYTES >> 20} MiB in one piece; send it in parts")
         link.queue.append((envelope, buffers))
         if not link.flush_scheduled:
             link.flush_scheduled = True
@@ -96,20 +110,14 @@ class Transport:
         for peer in list(self._peers):
             self._flush(peer)
         self._loop.remove_reader(self._router.fileno())
-        for peer in list(self._peers.values()):
-            self._loop.remove_reader(peer.socket.fileno())
-            peer.socket.close(linger=int(drain_s * 1000))
+        for link in self._peers.values():
+            self._loop.remove_reader(link.socket.fileno())
+            link.socket.close(linger=int(drain_s * 1000))
         self._peers.clear()
         self._router.close(linger=0)
         await self._loop.run_in_executor(None, self._context.term)
 
     def _bind(self, address: str) -> zmq.Socket[bytes]:
-        path = address.removeprefix("ipc://")
-        if path != address and len(path.encode()) > MAX_IPC_PATH_BYTES:
-            raise LaunchError(
-                f"socket path {path} has {len(path.encode())} bytes, ipc allows {MAX_IPC_PATH_BYTES}: "
-                "use a run directory with a shorter path"
-            )
         socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
@@ -117,7 +125,7 @@ class Transport:
         try:
             socket.bind(address)
         except zmq.ZMQError as error:
-            socket.close()
+            self._context.destroy(linger=0)
             raise LaunchError(f"can't bind {address}: {error.strerror}; is another run using it?") from None
         return socket
 
@@ -128,15 +136,16 @@ class Transport:
         link.flush_scheduled = False
         queue = link.queue
         while queue:
-            batch = [queue[i] for i in range(min(len(queue), MAX_ENVELOPES_PER_FRAME))]
-            head = msgpack.packb([[*envelope, len(buffers)] for envelope, buffers in batch])
-            frames = [head, *(buffer for _, buffers in batch for buffer in buffers)]
-            large = any(memoryview(frame).nbytes >= ZERO_COPY_BYTES for frame in frames)
+            batch = _next_batch(queue)
+            frames: list[Buffer] = [msgpack.packb([[*envelope, len(buffers)] for envelope, buffers in batch])]
+            for _, buffers in batch:
+                frames += buffers
+            large = any(len(frame) >= ZERO_COPY_BYTES for frame in frames)
             try:
                 link.socket.send_multipart(frames, zmq.NOBLOCK, copy=not large)
             except zmq.Again:
                 # The descriptor is edge-triggered: reading EVENTS re-arms it, and a wake-up flushes again.
-                if not link.socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+                if not int(link.socket.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
                     return
                 continue
             for _ in batch:
@@ -144,41 +153,78 @@ class Transport:
         link.socket.getsockopt(zmq.EVENTS)
 
     def _drain(self) -> None:
-        for _ in range(MAX_DRAIN):
-            try:
-                parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            self._receive(parts)
-            if self._router.closed:
-                return
-        self._loop.call_soon(self._drain)
+        received = 0
+        try:
+            while received < MAX_ENVELOPES_PER_DRAIN and not self._router.closed:
+                received += self._receive(self._router.recv_multipart(zmq.NOBLOCK, copy=False))
+        except zmq.Again:
+            return
+        except BaseException:
+            # The descriptor won't tell again of what still waits.
+            self._loop.call_soon(self._drain)
+            raise
+        if not self._router.closed:
+            self._loop.call_soon(self._drain)
 
-    def _receive(self, parts: list[zmq.Frame]) -> None:
+    def _receive(self, parts: list[zmq.Frame]) -> int:
         sender = bytes(parts[0].buffer).decode("utf-8", "replace")
         try:
-            envelopes = _split(parts[1:])
-        except (CodecError, ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+            envelopes = split([part.buffer for part in parts[1:]])
+        except CodecError as error:
             self._on_malformed(sender, str(error))
-            return
+            return 1
         for envelope, buffers in envelopes:
             self._on_envelope(sender, envelope, buffers)
+        return len(envelopes) + 1
 
 
-def _split(frames: list[zmq.Frame]) -> list[tuple[Envelope, list[Buffer]]]:
+def _check_path(address: str) -> None:
+    path = address.removeprefix("ipc://")
+    if path != address and len(path.encode()) > MAX_IPC_PATH_BYTES:
+        raise LaunchError(
+            f"socket path {path} has {len(path.encode())} bytes, ipc allows {MAX_IPC_PATH_BYTES}: "
+            "set TMPDIR to a shorter path"
+        )
+
+
+def _next_batch(queue: deque[tuple[Envelope, list[Buffer]]]) -> list[tuple[Envelope, list[Buffer]]]:
+    batch, size = [], 0
+    for item in queue:
+        batch.append(item)
+        size += len(item[0][-1])
+        if len(batch) == MAX_ENVELOPES_PER_FRAME or size >= MAX_FRAME_BYTES:
+            break
+    return batch
+
+
+def split(frames: Sequence[memoryview]) -> list[tuple[Envelope, list[Buffer]]]:
+    """The envelopes of one ZeroMQ message, each with its buffers. Raises CodecError, and nothing else."""
     if not frames:
         raise CodecError("a message without frames")
-    envelopes = []
     # Small buffers are copied out: a view would pin the whole ZeroMQ message.
-    buffers: list[Buffer] = [f.buffer if len(f.buffer) >= ZERO_COPY_BYTES else bytes(f.buffer) for f in frames[1:]]
+    buffers: list[Buffer] = [f if len(f) >= ZERO_COPY_BYTES else bytes(f) for f in frames[1:]]
+    try:
+        entries = msgpack.unpackb(frames[0])
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+        raise CodecError(f"malformed frame: {error}") from None
+    if type(entries) is not list:
+        raise CodecError("a frame holds a list of envelopes")
+    envelopes = []
     position = 0
-    for entry in msgpack.unpackb(frames[0].buffer):
-        if not isinstance(entry, list) or len(entry) != 8:
-            raise CodecError("an envelope has 8 fields")
-        *envelope, count = entry
-        if not isinstance(count, int) or not 0 <= count <= len(buffers) - position:
+    for entry in entries:
+        if type(entry) is not list or len(entry) != 9:
+            raise CodecError("an envelope has 9 fields")
+        kind, id, target, method, lane, incarnation, left, pack, count = entry
+        if not (
+            type(kind) is type(id) is type(lane) is type(incarnation) is type(count) is int
+            and type(target) is type(method) is str
+            and type(pack) is bytes
+            and (left is None or type(left) is int)
+        ):
+            raise CodecError("an envelope has a field of a wrong type")
+        if not 0 <= count <= len(buffers) - position:
             raise CodecError(f"an envelope claims {count} of {len(buffers) - position} buffers")
-        envelopes.append((envelope, buffers[position : position + count]))
+        envelopes.append((entry[:-1], buffers[position : position + count]))
         position += count
     if position != len(buffers):
         raise CodecError(f"{len(buffers) - position} buffers belong to no envelope")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace import _environment
+from headrace import _environment, testing
 
 BIN = Path(_environment.BIN)
 
@@ -320,7 +320,7 @@ def test_progress_is_shown_on_a_terminal(checkout):
 def test_old_python_is_told_in_one_line():
     with pytest.raises(_environment.SetupError, match=r"^Python 3\.11 or newer is needed, but .* is 3\.9; .*$"):
         _environment.check_python((3, 9))
-    for name in ("_environment.py", "launch", "test"):
+    for name in ("_environment.py", "launch", "test", "bench"):
         ast.parse((BIN / name).read_text(), feature_version=(3, 6))
 
 
@@ -328,6 +328,15 @@ def test_missing_module_names_the_package_to_install():
     _environment.check_modules("venv")
     with pytest.raises(_environment.SetupError, match=r"no_such_module; install it .*apt install python3-venv"):
         _environment.check_modules("venv", "no_such_module")
+
+
+def test_tests_run_in_parallel_unless_debugged(monkeypatch):
+    started = []
+    monkeypatch.setattr(pytest, "main", lambda arguments: started.append(arguments) or 5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    assert testing.test_main(["-m", "not slow"]) == 5
+    assert testing.test_main(["--pdb"]) == 5
+    assert started == [["-n", "8", "--dist", "worksteal", "-m", "not slow"], ["--pdb"]]
 
 
 BACKEND = """

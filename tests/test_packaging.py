@@ -1,5 +1,6 @@
 """What is in the wheel: every module of the tree, and nothing else. The wheel is built from a copy, without network."""
 
+import importlib
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from headrace.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("bin", "actors", "runtime", "kernels")
@@ -44,6 +47,11 @@ def test_tests_shadow_nothing():
     assert not [path for path in (ROOT / "tests").iterdir() if path.name in FOLDERS]
     stems = [path.stem for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(stems) == len(set(stems)), "two test files of one name"
+
+
+def test_every_command_has_its_function():
+    for module, function, purpose in COMMANDS.values():
+        assert callable(getattr(importlib.import_module(module), function)) and purpose
 
 
 def test_every_dependency_is_pinned_once():

@@ -1,10 +1,12 @@
-"""Measures a policy on the fixed evaluation set. Knows nothing of training."""
+"""Measures a policy on the fixed evaluation set, also while workers die: answers go on from where they were. Knows
+nothing of training."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -12,8 +14,9 @@ from ...runtime import Actor, message, wire
 from ..data import running_sum
 from ..data.running_sum import RunningSum
 from ..rollout.requests import Request
+from ..trainer.durable import patiently
 from ..trainer.settings import RlSettings
-from ..types import Group, Prompt, Trajectory
+from ..types import Group, Prompt, Trajectory, Verdict
 from .settings import EvaluationSettings
 
 PROBLEMS_PER_STREAM = 64
@@ -69,10 +72,14 @@ class Evaluator(Actor):
         """
         prompts = self.task.evaluation_set(self.evaluation.seed, self.evaluation.num_problems)
         batches = [prompts[i : i + PROBLEMS_PER_STREAM] for i in range(0, len(prompts), PROBLEMS_PER_STREAM)]
-        sampled = asyncio.gather(*(self._answer(batch, self.evaluation.samples, 1.0) for batch in batches))
-        greedy = asyncio.gather(*(self._answer(batch, 1, 0.0) for batch in batches))
-        sampled_groups = list(itertools.chain(*await sampled))
-        greedy_groups = list(itertools.chain(*await greedy))
+        async with asyncio.TaskGroup() as tasks:
+            sampled = [tasks.create_task(self._answer(batch, self.evaluation.samples, 1.0)) for batch in batches]
+            greedy = [tasks.create_task(self._answer(batch, 1, 0.0)) for batch in batches]
+        sampled_groups = list(itertools.chain(*(task.result() for task in sampled)))
+        greedy_groups = list(itertools.chain(*(task.result() for task in greedy)))
+        for group in (*sampled_groups, *greedy_groups):
+            if error := next((t.verdict.error for t in group.trajectories if t.verdict and t.verdict.error), ""):
+                raise RuntimeError(f"evaluation problem {group.prompt.ordinal} could not be judged: {error}")
         pass_at_1 = np.array([_accuracy(group) for group in sampled_groups])
         greedy_correct = np.array([_accuracy(group) for group in greedy_groups])
         sizes = np.array([prompt.size for prompt in prompts])
@@ -94,27 +101,32 @@ class Evaluator(Actor):
         )
 
     async def _answer(self, prompts: list[Prompt], samples: int, temperature: float) -> list[Group]:
-        groups = {
-            i: Group(prompt=prompt, trajectories=[Trajectory(member=m) for m in range(samples)])
-            for i, prompt in enumerate(prompts)
-        }
-        requests = [
-            Request(
-                key=i, ordinal=group.prompt.ordinal, prompt=group.prompt.tokens, members=list(range(samples)),
-                max_new_tokens=self.rl.max_new_tokens, temperature=temperature,
-            )
-            for i, group in groups.items()
-        ]  # fmt: skip
-        async for chunks in self.find("rollout").generate.stream(requests):
-            for chunk in chunks:
-                groups[chunk.key].trajectories[chunk.member].append(chunk)
-        judge = self.find("verifier").judge
-        for group in groups.values():
-            for trajectory, verdict in zip(group.trajectories, await judge(group), strict=True):
-                if verdict.error:
-                    raise RuntimeError(f"evaluation problem {group.prompt.ordinal} could not be judged: {verdict.error}")
+        """Answers to `prompts` with their verdicts."""
+        groups = [
+            Group(prompt=prompt, trajectories=[Trajectory(member=m) for m in range(samples)]) for prompt in prompts
+        ]
+        rollout, verifier = self.find("rollout"), self.find("verifier")
+
+        async def finish() -> None:
+            requests = [
+                Request(
+                    key=i, ordinal=group.prompt.ordinal, prompt=group.prompt.tokens,
+                    members=[t.member for t in unfinished], prefixes=[t.tokens() for t in unfinished],
+                    max_new_tokens=self.rl.max_new_tokens, temperature=temperature,
+                )
+                for i, group in enumerate(groups)
+                if (unfinished := [t for t in group.trajectories if not t.finish])
+            ]  # fmt: skip
+            async for chunks in rollout.generate.stream(requests):
+                for chunk in chunks:
+                    groups[chunk.key].trajectories[chunk.member].append(chunk)
+
+        await patiently(finish)
+        for group in groups:
+            verdicts: list[Verdict] = await patiently(partial(verifier.judge, group))
+            for trajectory, verdict in zip(group.trajectories, verdicts, strict=True):
                 trajectory.verdict = verdict
-        return list(groups.values())
+        return groups
 
     def _samples(self, groups: list[Group]) -> list[Sample]:
         by_difficulty = sorted(groups, key=lambda group: group.prompt.size)

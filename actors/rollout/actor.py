@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 STEPS_PER_TURN = 8
 """Decode steps between two looks at the mailbox: bounds the wait of a weight swap to some tens of milliseconds."""
 
-WEIGHTS_S = 60.0
-"""How long a request waits for the first weights."""
+WEIGHTS_S = 240.0
+"""How long a request waits for the first weights: the trainer may have to repeat its last steps before it has any."""
+
+PATIENCE_S = 300.0
+"""How long a caller waits for the next chunk, or for weights to be taken."""
 
 
 @dataclass(kw_only=True)
@@ -64,7 +67,7 @@ class Rollout(Actor):
     async def stop(self, reason: BaseException | None) -> None:
         self._receiver.close()
 
-    @message(concurrent=True, lane=Lane.CONTROL)
+    @message(concurrent=True, lane=Lane.CONTROL, deadline_s=PATIENCE_S)
     async def load(self, manifest: Manifest) -> int:
         """Takes the weights of a policy version; tokens requested from now on carry it. Returns the version.
 
@@ -74,14 +77,18 @@ class Rollout(Actor):
         self._armed.set()
         return manifest.version
 
-    @message(concurrent=True)
+    @message(concurrent=True, deadline_s=PATIENCE_S)
     async def generate(self, requests: list[Request]) -> AsyncIterator[list[Chunk]]:
         """Streams chunks of all responses until the last has finished. `key` of each request is echoed in its chunks.
 
-        Raises ValueError for a request that can't be generated; none of `requests` has begun then.
+        Raises ValueError for a request that can't be generated; none of `requests` has begun then. Raises TimeoutError if
+        there are no weights.
         """
-        async with asyncio.timeout(WEIGHTS_S):
-            await self._armed.wait()
+        try:
+            async with asyncio.timeout(WEIGHTS_S):
+                await self._armed.wait()
+        except TimeoutError:
+            raise TimeoutError(f"no weights within {WEIGHTS_S:g} s; the trainer has published none") from None
         assert self._engine is not None
         for request in requests:
             self._engine.check(request)

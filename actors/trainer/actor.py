@@ -2,7 +2,7 @@
 
     start: newest checkpoint, or random weights
     warm_up(until) / step(n, groups)  -->  metrics        publish(version)  -->  Manifest of shared memory
-    checkpoint(...)  -->  a folder that appears whole or not at all
+    checkpoint(...)  -->  a folder that appears whole or not at all        rewind(): as a restart
 
 A deterministic state machine: the same checkpoint and the same batches give the same weights, bit for bit on a CPU. Knows nothing of
 rollout, rewards or the pool.
@@ -45,25 +45,33 @@ class Trainer(Actor):
     async def start(self) -> None:
         """Loads the newest checkpoint of the run. Raises ValueError or FileNotFoundError, saying what to do, if it is damaged."""
         self._publisher = Publisher("policy")
+        self._kept: tuple[str, int] = "sft", 0
         self._learner: Learner = await self.in_thread(self._open)
 
     async def stop(self, reason: BaseException | None) -> None:
         self._publisher.close()
 
     @message(deadline_s=600.0)
-    async def position(self, stage: str) -> int:
-        """Steps of `stage` that these weights have seen; 0 for the stage that comes next."""
-        return self._learner.step if self._learner.stage == stage else 0
+    async def position(self) -> int:
+        """RL steps that these weights have seen."""
+        return self._learner.step if self._learner.stage == "rl" else 0
+
+    @message(thread=True, deadline_s=600.0)
+    def rewind(self) -> None:
+        """Goes back to the newest checkpoint, as a restart does: for a controller that starts anew from there."""
+        if (self._learner.stage, self._learner.step) != self._kept:
+            self._learner = self._open()
 
     @message(thread=True, deadline_s=600.0)
     def warm_up(self, until: int) -> dict[str, float]:
-        """Goes on with the warm-up until it has done `until` steps; returns the metrics of the last of them.
+        """Goes on with the warm-up until it has done `until` steps; returns the metrics of the last of them, none if it
+        had done as many, or RL has begun.
 
         Example number k of the run is always the same, so that a restart repeats and skips none.
         """
         learner, settings = self._learner, self.sft
         metrics: dict[str, float] = {}
-        while learner.step < until:
+        while learner.stage == "sft" and learner.step < until:
             size = curriculum(learner.step, settings.steps, self.task.max_operands)
             ordinals = np.arange(learner.step * settings.batch, (learner.step + 1) * settings.batch)
             examples = self.task.demonstrations(self.run.seed, ordinals, size)
@@ -85,16 +93,16 @@ class Trainer(Actor):
         return self._publisher.publish(version, self._learner.weights())
 
     @message(thread=True, deadline_s=120.0)
-    def checkpoint(self, stage: str, step: int, files: dict[str, bytes]) -> str:
-        """Writes weights, optimizer and the controller's `files` as one checkpoint; returns its name.
+    def checkpoint(self, name: str, files: dict[str, bytes]) -> str:
+        """Writes weights, optimizer and the controller's `files` as one checkpoint; returns the name that it got.
 
         Raises OSError if the disk is full; the previous checkpoint stays the latest.
         """
         arrays, info = self._learner.state()
         folder = checkpoints.write(
-            self.run.path / "checkpoints", f"{stage}-{step:06d}", self.model, arrays, info, files,
-            keep=self.keep_checkpoints,
-        )  # fmt: skip
+            self.run.path / "checkpoints", name, self.model, arrays, info, files, keep=self.keep_checkpoints
+        )
+        self._kept = self._learner.stage, self._learner.step
         return folder.name
 
     def _open(self) -> Learner:
@@ -110,4 +118,5 @@ class Trainer(Actor):
             if config != self.model:
                 raise ValueError(f"checkpoint {folder} is of another model than the [model] table: {config}")
             learner.load_state(arrays, info)
+        self._kept = learner.stage, learner.step
         return learner

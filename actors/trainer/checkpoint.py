@@ -2,11 +2,13 @@
 
     checkpoints/rl-000120.new/  -- written, synced -->  rl-000120/  -- named by -->  LATEST  -- older ones deleted
 
-A folder appears whole or not at all: a death at any moment leaves the previous one valid. Knows nothing of torch.
+A folder appears whole or not at all, and is never replaced: a death at any moment leaves the previous one valid. Knows
+nothing of torch.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -24,6 +26,7 @@ from ..model.config import ModelConfig
 from ..run_state import LATEST
 
 OPTIMIZER, INFO = "optimizer.safetensors", "trainer.json"
+_DRAFT = ".new"
 _WEIGHTS, _OPTIMIZER = "weights/", "optimizer/"
 
 
@@ -39,9 +42,10 @@ def write(
 ) -> Path:
     """Writes `arrays` and `info` (Learner.state) and further `files` as checkpoint `name`; returns its folder.
 
-    Raises OSError (disk full) with the previous checkpoint still the latest.
+    The folder is called `name`.2 (.3, ...) if there is a `name`: LATEST may point to that one. Raises OSError (disk full)
+    with the previous checkpoint still the latest.
     """
-    folder, draft = checkpoints / name, checkpoints / f"{name}.new"
+    folder, draft = _free(checkpoints / name), checkpoints / f"{name}{_DRAFT}"
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir(parents=True)
@@ -50,15 +54,15 @@ def write(
         (draft / INFO).write_text(json.dumps(dict(info)))
         for file, content in files.items():
             (draft / file).write_bytes(content)
-        for path in draft.iterdir():
+        for path in (*draft.iterdir(), draft):
             _sync(path)
-    except OSError:
+        draft.rename(folder)
+        _sync(checkpoints)
+        write_atomically(checkpoints / LATEST, folder.name.encode())
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
-    write_atomically(checkpoints / LATEST, name.encode())
-    _forget_old(checkpoints, keep)
+        raise OSError(f"checkpoint {folder} can't be written: {error}; the one before it is kept") from error
+    _forget_old(checkpoints, folder, keep)
     return folder
 
 
@@ -76,9 +80,17 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str, An
     return config, arrays | {_OPTIMIZER + name: array for name, array in optimizer.items()}, info
 
 
-def _forget_old(checkpoints: Path, keep: int) -> None:
-    folders = [path for path in checkpoints.iterdir() if path.is_dir()]
-    for path in sorted(folders, key=lambda path: path.stat().st_mtime)[:-keep]:
+def _free(folder: Path) -> Path:
+    others = (folder.with_name(f"{folder.name}.{n}") for n in itertools.count(2))
+    return next(path for path in itertools.chain([folder], others) if not path.exists())
+
+
+def _forget_old(checkpoints: Path, newest: Path, keep: int) -> None:
+    """Deletes drafts that a death has left, and all checkpoints but `newest` and the `keep` - 1 written before it."""
+    folders = [path for path in checkpoints.iterdir() if path.is_dir() and path != newest]
+    drafts = [path for path in folders if path.suffix == _DRAFT]
+    whole = sorted((path for path in folders if path not in drafts), key=lambda path: path.stat().st_mtime)
+    for path in (*drafts, *whole[: max(0, len(whole) - keep + 1)]):
         shutil.rmtree(path, ignore_errors=True)
 
 
