@@ -1,13 +1,14 @@
-"""The whole algorithm on one page: warm up by imitation, then stream reinforcement learning. Everything heavy is an actor.
+"""The whole algorithm on one page: warm up by imitation, then stream reinforcement learning.
 
     prompts -> rollout (newest version) -> verifier -> reward -> sample pool -> trainer
        ^          ^   partial answers go on, whatever died     |                  |
        |          '------------- weights of version v+1 <------|------------------'
        '---------- adaptation: sizes that still teach <--------'
 
-The controller holds the run's state and nothing else does: each actor below may be killed at any moment. A rollout worker
-that comes back is given the newest weights and goes on with the answers it had half written. A trainer that comes back loads its
-last checkpoint and is shown the batches since then (trainer/durable.py). Knows nothing of tensors, processes or sockets.
+Everything heavy is an actor. The controller holds the run's state and nobody else does: each of the others may be
+killed at any moment. A rollout worker that comes back is given the newest weights and goes on with the answers it had
+half written. A trainer that comes back loads its last checkpoint and is shown the batches since then
+(trainer/durable.py). Knows nothing of tensors, processes or sockets.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class Controller(Actor):
         self.telemetry = Telemetry(self.run.path, self.state.stage, self.state.step, self.state.telemetry)
         self._rollout_holds = NOTHING
         self._interrupted: list[int] = []
+        if self._pool_state is not None:
+            self.log("resumed", stage=self.state.stage, step=self.state.step)
         self._arming = asyncio.Lock()
         self._room, self._draining = asyncio.Event(), asyncio.Event()
         self.background(self._main(), name="main")
@@ -104,7 +107,7 @@ class Controller(Actor):
     # Warm-up ------------------------------------------------------------------------------------------------
 
     async def _warm_up(self) -> None:
-        """SFT on the demonstrator's answers. The trainer makes the examples by their numbers, so a restart repeats none."""
+        """SFT on the demonstrator's answers."""
         self.telemetry.begin(self.sft.steps)
         if self.state.sft_steps == 0 and not self._draining.is_set():
             await self._first_rollout()
@@ -118,7 +121,7 @@ class Controller(Actor):
             row = self.telemetry.sft_step(until, self.state.version, metrics)
             if last:
                 await self._publish()
-                row |= await self._evaluate()
+                row = {**row, **await self._evaluate()}
             self.telemetry.write(row)
             if last or until // self.sft.checkpoint_every > done // self.sft.checkpoint_every:
                 await self._checkpoint()
@@ -126,7 +129,7 @@ class Controller(Actor):
             self._enter("rl")
 
     async def _first_rollout(self) -> None:
-        """One group through the whole stream before anything is trained: what is broken shows now, not after the warm-up."""
+        """One group through the whole stream before anything is trained: what is broken shows at once."""
         group = self._group(self.task.evaluation_set(self.run.seed, 1)[0])
         await self._generate(group)
         await self._judge(group)
@@ -151,7 +154,7 @@ class Controller(Actor):
             row = await self._measure(metrics, batch, staleness)
             step, last = self.state.rl_steps, self.state.rl_steps == self.rl.steps
             if last or (self.evaluation.every and step % self.evaluation.every == 0):
-                row |= await self._evaluate()
+                row = {**row, **await self._evaluate()}
             self.telemetry.write(row)
             if step % self.rl.checkpoint_every == 0 and not last:
                 await self._checkpoint()
@@ -183,7 +186,7 @@ class Controller(Actor):
         """Submits groups whenever the policy has room: as many as can still be trained within the staleness bound."""
         async with asyncio.TaskGroup() as tasks:
             for group in self.state.in_flight.values():
-                tasks.create_task(self._complete(group))
+                self._begin(group, tasks)
             while True:
                 self._room.clear()
                 held = self._rollout_holds
@@ -191,9 +194,12 @@ class Controller(Actor):
                     group = self._new_group()
                     self.ledger.submit(group.prompt.ordinal, held)
                     self.state.in_flight[group.prompt.ordinal] = group
-                    tasks.create_task(self._complete(group))
+                    self._begin(group, tasks)
                 self.pool.expect.cast(self.ledger.pending())
                 await self._room.wait()
+
+    def _begin(self, group: Group, tasks: asyncio.TaskGroup) -> None:
+        tasks.create_task(self._complete(group), name=f"{self.name}:group {group.prompt.ordinal}")
 
     def _new_group(self) -> Group:
         ordinal = self.state.next_ordinal
@@ -222,9 +228,10 @@ class Controller(Actor):
             if not failure:
                 ledger.filter(ordinal)
             else:
-                if failure not in ledger.reasons:
+                kind = failure.partition(":")[0]
+                if kind not in ledger.reasons:
                     self.log("group_failed", ordinal=ordinal, reason=failure)
-                ledger.fail(ordinal, failure, group.num_tokens)
+                ledger.fail(ordinal, kind, group.num_tokens)
             self.pool.retire.cast([ordinal])
         del self.state.in_flight[ordinal]
         self._room.set()
@@ -252,7 +259,7 @@ class Controller(Actor):
         await patiently(finish)
 
     async def _judge(self, group: Group) -> str:
-        """Verdicts, then rewards. Returns why the group fails, if it does: an error is never a zero reward."""
+        """Verdicts, then rewards. Returns "kind: why" if the group fails: an error is never a zero reward."""
         try:
             verdicts = await patiently(lambda: self.verifier.judge(group))
             for trajectory, verdict in zip(group.trajectories, verdicts, strict=True):
@@ -261,8 +268,10 @@ class Controller(Actor):
             if len(group.trajectories) < self.rl.min_group_size:
                 return f"too few verdicts: {verdicts[0].error}"
             rewards = await patiently(lambda: self.reward.score(group))
-        except (RemoteError, DeadlineExceeded) as error:
-            return str(error.args[0])
+        except RemoteError as error:
+            return f"{error.remote_type}: {error.args[0]}"
+        except DeadlineExceeded as error:
+            return f"no verdict in time: {error}"
         for trajectory, reward in zip(group.trajectories, rewards, strict=True):
             trajectory.reward = reward
         return ""
@@ -308,7 +317,8 @@ class Controller(Actor):
                 if incarnation:
                     batches = self.trainer.num_kept
                     await self._publish()
-                    self.log("batches_repeated", batches=batches)
+                    if batches:
+                        self.log("batches_repeated", batches=batches)
                 incarnation = status.incarnation
 
     # Measuring and keeping ----------------------------------------------------------------------------------
@@ -333,7 +343,7 @@ class Controller(Actor):
         self.telemetry.enter(stage)
 
     async def _checkpoint(self) -> None:
-        """Trainer, pool, half-written answers and counters of one moment, as one folder that appears whole or not at all."""
+        """Trainer, pool, half-written answers and counters of one moment, as one folder: all of it or nothing."""
         self.state.adaptation = self.adaptation.state()
         self.state.ledger = self.ledger.snapshot()
         self.state.telemetry = self.telemetry.snapshot()

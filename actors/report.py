@@ -152,6 +152,8 @@ class Progress(TypedDict, total=False):
     steps: int
     """Steps that the stage will have; 0 or missing = unknown."""
     elapsed_s: float
+    resumed_s: float
+    """What `elapsed_s` was as this process began: 0 unless the run was resumed."""
     note: str
     """What goes on besides, for example that the run drains after Ctrl-C."""
     rows: list[Row]

@@ -84,5 +84,6 @@ def _load(path: Path) -> Any:
     except (OSError, CodecError) as error:
         pointer = path.parent.with_name(LATEST)
         raise ValueError(
-            f"checkpoint {path.parent} can't be read: {path.name}: {error}; write the name of an older one into {pointer}"
+            f"checkpoint {path.parent} can't be read ({path.name}: {error}); "
+            f"write the name of an older one into {pointer}"
         ) from None

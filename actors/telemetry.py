@@ -104,7 +104,7 @@ class Telemetry:
         self, step: int, version: int, metrics: dict[str, float], batch: list[Group], staleness: list[int],
         rollout: dict[str, Any], ledger: dict[str, int],
     ) -> Row:  # fmt: skip
-        """The row of an RL step. `rollout`: its stats, or {} if it could not be asked; `ledger`: counts of the stream."""
+        """The row of an RL step. `rollout`: its stats, {} if it could not be asked; `ledger`: counts of the stream."""
         trajectories = [t for group in batch for t in group.trajectories]
         lengths = np.array([t.num_tokens for t in trajectories])
         wall_s = time.monotonic() - self._mark
@@ -144,9 +144,8 @@ class Telemetry:
         return row
 
     def write(self, row: Row) -> None:
-        """Makes a row public; what has been added to it since it was made is welcome."""
-        self.rows.append(self._writer.write(**row))
-        self._notify()
+        """Puts a row into the files; what was learned since it was made may have been added."""
+        self._writer.write(**row)
 
     def evaluated(self, step: int, evaluation: Evaluation) -> Row:
         """The newest version was scored on the fixed problems. Returns what belongs into the row of its step."""
@@ -211,8 +210,9 @@ class Telemetry:
             yield {
                 "stage": self.stage, "step": self.rows[-1]["step"] if self._in_stage() else 0, "steps": self.num_steps,
                 "note": self.note, "rows": self.rows[shown:], "evaluations": list(self.evaluations),
-                "staleness": [self.staleness[i] for i in range(min(STALENESS_BINS, max(self.staleness, default=0) + 1))],
-                "elapsed_s": self.elapsed_s, "done": done, "summary": self.summary(),
+                "staleness": [self.staleness[i] for i in range(1 + max(self.staleness, default=0))][:STALENESS_BINS],
+                "elapsed_s": self.elapsed_s, "resumed_s": self._before_s,
+                "summary": self.summary(), "done": done,
             }  # fmt: skip
             shown = len(self.rows)
             if done:
@@ -224,9 +224,13 @@ class Telemetry:
         return bool(self.rows) and self.rows[-1]["stage"] == self.stage
 
     def _row(self, stage: str, step: int, version: int, metrics: dict[str, float]) -> Row:
+        """A row for `write`, on the screen from now on."""
         now = time.monotonic()
         step_s, self._mark = now - self._mark, now
-        return {"stage": stage, "step": step, "elapsed_s": self.elapsed_s, "version": version, "step_s": step_s, **metrics}
+        common = {"elapsed_s": self.elapsed_s, "version": version, "step_s": step_s}
+        self.rows.append({"stage": stage, "step": step, **common, **metrics})
+        self._notify()
+        return self.rows[-1]
 
     def _stage_seconds(self) -> dict[str, float]:
         seconds = dict(self.stages)

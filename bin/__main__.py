@@ -27,7 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"headrace: no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module, function, _ = COMMANDS[command]
-    return int(getattr(importlib.import_module(module), function)(rest))
+    try:
+        return int(getattr(importlib.import_module(module), function)(rest))
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ class _Launch:
             system.events.write("run_failed", reason=_first_line(error), traceback=trace)
             raise
         finally:
+            self._show(system, screen)
             for task in (work, watching, stopping):
                 task.cancel()
 

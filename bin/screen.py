@@ -18,11 +18,8 @@ from .actors.report import STAGES, EvaluationRecord, Progress, Row
 SFT_STEPS_PER_LINE = 25
 HEADER_EVERY = 40
 
-NEWS_S = 10.0
-"""A row older than this when it comes is history."""
-
-ROUTINE = frozenset({"system_start", "system_stop", "node_start", "pool_opened"})
-"""Events that no screen shows."""
+ROUTINE = frozenset({"system_start", "system_stop", "node_start", "pool_opened", "system_failed", "run_failed"})
+"""Events that no screen shows: nothing new, or said at the end."""
 
 Event = Mapping[str, Any]
 
@@ -45,8 +42,8 @@ class Screen:
         rows = [row for row in progress.get("rows", []) if _position(row) > last]
         self.rows += rows
         # A resumed run begins with the rows of earlier processes, which were shown in their time.
-        now_s = self.state.get("elapsed_s", 0.0)
-        rows = [row for row in rows if now_s - row.get("elapsed_s", now_s) < NEWS_S]
+        resumed_s = self.state.get("resumed_s", 0.0)
+        rows = [row for row in rows if row.get("elapsed_s") is None or row["elapsed_s"] > resumed_s]
         if rows and self._first_news is None:
             self._first_news = _position(rows[0])
         evaluations = progress.get("evaluations", [])[self._num_evaluations :]

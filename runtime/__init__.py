@@ -1,9 +1,11 @@
 """An actor runtime on asyncio and ZeroMQ: typed messages between supervised actors in supervised processes.
 
     actor.py      the contract: fields, start, @message, stop          mailbox.py    bounded lanes, credits
-    ref.py        call / cast / stream                                 supervisor.py restart or give up
-    system.py     the root: nodes, actors, restarts                    launcher.py   processes, pidfd
-    node.py       one process: delivers and answers                    transport.py  ZeroMQ sockets
+    ref.py        call / cast / stream                                 cell.py       one actor at work
+    system.py     the root: actors, restarts                           supervisor.py restart or give up
+    nodes.py      the root's node processes                            launcher.py   processes, pidfd
+    node.py       one process: sends, delivers, answers                transport.py  ZeroMQ sockets
+    waits.py      who waits for whom                                   codec.py      what may travel
     pool.py       leased priority queue with a journal                 exchange.py   weights by shared memory
 
 It knows nothing of models, rewards or training, and imports no torch.

@@ -69,8 +69,8 @@ def message(
 
     `async def` runs on the node's loop; an async generator answers a stream; `thread=True` takes a plain `def` and runs
     it on the actor's own thread, so that the loop keeps answering while it computes. `concurrent=True` lets it overlap
-    with other messages. `deadline_s` applies where the caller sets none. Raises TypeError if the method is not of that
-    kind.
+    with other messages: it waits for no turn. `deadline_s` applies where the caller sets none. Raises TypeError if the
+    method is not of that kind.
     """
 
     def mark(method: Callable[..., Any]) -> Callable[..., Any]:

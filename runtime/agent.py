@@ -81,7 +81,7 @@ class NodeAgent(Actor):
             packed = None if failure is None else pack_error(failure)
             node.cast("$root", "actor_ended", (cell.name, cell.incarnation, packed), {})
 
-    @message(concurrent=True, lane=Lane.SYSTEM, deadline_s=120.0)
+    @message(concurrent=True, lane=Lane.SYSTEM)
     async def spawn(self, name: str, incarnation: int, class_path: str, config: bytes) -> None:
         """Starts an actor; returns when its `start` has. Raises what `start` raised."""
         kind = load_actor(class_path)  # Imports the types that its fields are of.
@@ -107,9 +107,12 @@ class NodeAgent(Actor):
             task.cancel()
             await asyncio.wait([task], timeout=CANCEL_S)
 
-    @message(lane=Lane.SYSTEM)
+    @message(concurrent=True, lane=Lane.SYSTEM)
     async def update(self, statuses: list[Status], addresses: dict[str, str], dead: dict[str, str]) -> None:
-        """Takes changes of the directory: actors, nodes to connect to, nodes that died and why."""
+        """Takes changes of the directory: actors, nodes to connect to, nodes that died and why.
+
+        Concurrent, as `spawn` is, and without a wait: what the root says first is done first.
+        """
         node = self._require_node()
         for key, reason in dead.items():
             node.peer_down(key, reason)
@@ -199,6 +202,7 @@ def main() -> None:
     spec = decode(sys.stdin.buffer.read())
     die_with(spec["parent"])
     faulthandler.enable()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # What was printed before a kill is kept.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path[:0] = [p for p in spec["path"] if p not in sys.path]
     import uvloop

@@ -10,8 +10,9 @@ Knows its node only as the place where answers go. Who restarts a failed cell is
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,6 +24,9 @@ from .protocol import STREAM_WINDOW, Kind, window_of
 
 STOP_S = 5.0
 """Time that an actor's `stop` may take."""
+
+SLICE_S = 0.001
+"""Turns follow each other at once for so long; then the loop's other work has its turn."""
 
 
 @dataclass(slots=True, eq=False)
@@ -41,8 +45,10 @@ class Delivery:
     kwargs: dict[str, Any]
     credited: bool = False
     """It came by a credit of its sender, which gets it back when the message has left the mailbox."""
-    window: CreditWindow | None = field(default=None)
+    window: CreditWindow | None = None
     """For a stream: items that may be under way to the caller."""
+    withdrawn: bool = False
+    """The caller has given it up."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -80,8 +86,8 @@ class Cell:
         """Done when `start` has returned; carries its exception if it raised."""
         self._node = node
         self._running: dict[tuple[str, int], tuple[asyncio.Task[None], Delivery]] = {}
-        self._withdrawn: set[tuple[str, int]] = set()
         self._closing = asyncio.Event()
+        self._starting: asyncio.Task[None] | None = None
 
     def deliver(self, delivery: Delivery) -> None:
         """Queues a message. Raises UnknownMessage, MailboxFull."""
@@ -105,8 +111,9 @@ class Cell:
     def cancel(self, key: tuple[str, int]) -> None:
         """Stops the handler of one message, running or not yet begun."""
         if key in self._running:
-            self._withdrawn.add(key)
-            self._running[key][0].cancel()
+            task, delivery = self._running[key]
+            delivery.withdrawn = True
+            task.cancel()
             return
         for delivery in self._remove(lambda waiting: waiting.key == key):
             self._node.taken(delivery, self.name)
@@ -124,25 +131,29 @@ class Cell:
         return None if running is None else running[1].window
 
     def close(self) -> None:
-        """Asks the cell to stop. Handlers at work are cancelled; one on the actor's thread is waited for."""
+        """Asks the cell to stop. `start` and handlers at work are cancelled; what runs on a thread is waited for."""
         self._closing.set()
+        if self._starting is not None:
+            self._starting.cancel()
 
     async def run(self) -> None:
         reason: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 self.actor._tasks = tasks
+                self._starting = asyncio.current_task()
                 await self.actor.start()
+                self._starting = None
                 self.up.set_result(None)
-                tasks.create_task(self._serve(tasks, self.turns), name=f"{self.name}:turns")
-                tasks.create_task(self._serve(tasks, self.overlapping), name=f"{self.name}:overlapping")
+                tasks.create_task(self._take_turns())
+                tasks.create_task(self._overlap(tasks), name=f"{self.name}:overlapping")
                 await self._closing.wait()
                 raise _Stop
         except* _Stop:
             pass
         except* BaseException as group:  # noqa: BLE001 (the edge of an actor: its supervisor gets it)
             reason = _first(group)
-        self.actor._tasks = None
+        self.actor._tasks = self._starting = None
         try:
             reason = await self._stop(reason)
         finally:
@@ -172,26 +183,53 @@ class Cell:
                 delivery, self.name, ActorDied(f"{self.name}.{delivery.method} did not run: {why}; ask again")
             )
         if not self.up.done():
-            self.up.set_exception(reason or ActorDied(f"{self.name} was stopped before it was up"))
+            if reason is None or isinstance(reason, asyncio.CancelledError):
+                reason = ActorDied(f"{self.name} was stopped before it was up")
+            self.up.set_exception(reason)
             self.up.exception()
 
-    async def _serve(self, tasks: asyncio.TaskGroup, mailbox: Mailbox[Delivery]) -> None:
-        loop = asyncio.get_running_loop()
+    async def _take_turns(self) -> None:
+        """Handles messages one after the other, in this task: a task for each would cost more than most turns."""
+        task = asyncio.current_task()
+        assert task is not None
+        began = time.perf_counter()
+        while True:
+            delivery = await self._next(self.turns)
+            task.set_name(f"{self.name}.{delivery.method}")
+            self._running[delivery.key] = task, delivery
+            try:
+                await self._handle(delivery)
+            except asyncio.CancelledError:
+                if not delivery.withdrawn:
+                    self._abandon(delivery)
+                    raise
+            finally:
+                del self._running[delivery.key]
+            if delivery.withdrawn and task.uncancel():
+                raise asyncio.CancelledError  # The cell was stopped in the same turn of the loop.
+            if time.perf_counter() - began > SLICE_S:
+                await asyncio.sleep(0)
+                began = time.perf_counter()
+
+    async def _overlap(self, tasks: asyncio.TaskGroup) -> None:
+        """Handles messages as they come, each in a task of its own."""
+        while True:
+            delivery = await self._next(self.overlapping)
+            task = tasks.create_task(self._handle(delivery), name=f"{self.name}.{delivery.method}")
+            self._running[delivery.key] = task, delivery
+            task.add_done_callback(partial(self._ended, delivery))
+
+    async def _next(self, mailbox: Mailbox[Delivery]) -> Delivery:
         while True:
             delivery = await mailbox.get()
             self._node.taken(delivery, self.name)
-            if delivery.deadline is not None and delivery.deadline < loop.time():
-                late = f"{self.name}.{delivery.method} did not run: its deadline passed before its turn"
-                self._node.dead_letter(delivery, self.name, DeadlineExceeded(late))
-                continue
-            spec = self.actor.messages[delivery.method]
-            task = tasks.create_task(self._handle(delivery, spec), name=f"{self.name}.{delivery.method}")
-            self._running[delivery.key] = task, delivery
-            task.add_done_callback(partial(self._ended, delivery))
-            if mailbox is self.turns:
-                await asyncio.wait([task])
+            if delivery.deadline is None or delivery.deadline >= asyncio.get_running_loop().time():
+                return delivery
+            late = f"{self.name}.{delivery.method} did not run: its deadline passed before its turn"
+            self._node.dead_letter(delivery, self.name, DeadlineExceeded(late))
 
-    async def _handle(self, delivery: Delivery, spec: MessageSpec) -> None:
+    async def _handle(self, delivery: Delivery) -> None:
+        spec = self.actor.messages[delivery.method]
         set_limit(delivery.deadline if spec.kind != "stream" else None)
         handler: Callable[..., Any] = getattr(self.actor, delivery.method)
         try:
@@ -232,11 +270,12 @@ class Cell:
     def _ended(self, delivery: Delivery, task: asyncio.Task[None]) -> None:
         # Here and not in the handler: a task that is cancelled before its first step runs none of its code.
         del self._running[delivery.key]
-        if delivery.key in self._withdrawn:
-            self._withdrawn.discard(delivery.key)
-        elif task.cancelled():
-            stopped = ActorDied(f"{self.name} stopped while it worked on {delivery.method}; it may have run")
-            self._node.dead_letter(delivery, self.name, stopped)
+        if task.cancelled() and not delivery.withdrawn:
+            self._abandon(delivery)
+
+    def _abandon(self, delivery: Delivery) -> None:
+        stopped = ActorDied(f"{self.name} stopped while it worked on {delivery.method}; it may have run")
+        self._node.dead_letter(delivery, self.name, stopped)
 
     def _fail(self, delivery: Delivery, error: Exception) -> None:
         """To the caller, or if there is none to the supervisor."""

@@ -42,16 +42,23 @@ def deadline_of_call(now: float, own_s: float) -> float:
 
 
 @asynccontextmanager
-async def timeout(seconds: float) -> AsyncIterator[asyncio.Timeout]:
+async def timeout(seconds: float) -> AsyncIterator[None]:
     """Like `asyncio.timeout(seconds)`, and the time left travels with every call made inside, instead of the calls' own
     defaults. Raises TimeoutError; a call inside raises DeadlineExceeded, which is one."""
-    when = asyncio.get_running_loop().time() + seconds
+    loop = asyncio.get_running_loop()
+    when = loop.time() + seconds
     outer = _limit.get()
     limit = _limit.set(when if outer is None else min(when, outer))
     chosen = _chosen.set(True)
+    scope = asyncio.timeout(None)
     try:
-        async with asyncio.timeout_at(when + GRACE_S) as scope:
-            yield scope
+        async with scope:
+            # Not the scope's own timer: on a busy loop both are due in one turn, and the call's error would be lost.
+            timer = loop.call_at(when + GRACE_S, scope.reschedule, when)
+            try:
+                yield
+            finally:
+                timer.cancel()
     finally:
         _limit.reset(limit)
         _chosen.reset(chosen)

@@ -76,6 +76,11 @@ class Directory:
             raise UnknownActor(f"no actor named {name!r}{hint}")
         return status
 
+    def last_incarnation(self, name: str) -> int:
+        """The number of its newest incarnation; 0 if there was none."""
+        status = self._table.get(name)
+        return 0 if status is None else status.incarnation
+
     def ready(self, name: str) -> Status | None:
         """The status if messages can be sent now, None if it is worth waiting. Raises UnknownActor, ActorDied."""
         status = self.get(name)

@@ -16,6 +16,9 @@ class Ref:
         verifier.judge.cast(x)                          cast: waits for nothing; raises MailboxFull
         async for chunk in rollout.generate.stream(x)   stream: leaving the loop cancels the callee
 
+    What is sent is given away: arrays among the arguments, of a cast too, must not be changed afterwards. A loop over a
+    stream that may be left by an error is best put into `contextlib.aclosing`: the error keeps the stream alive.
+
     Raises UnknownActor, UnknownMessage, ActorDied, MailboxFull, DeadlineExceeded, RemoteError.
     """
 
@@ -45,7 +48,7 @@ class BoundMessage:
         self._method = method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
-        """Call: asks and waits for the answer. Arrays among the arguments must not change until it is there."""
+        """Call: asks and waits for the answer."""
         return self._node.call(self._name, self._method, args, kwargs)
 
     def cast(self, *args: Any, **kwargs: Any) -> None:

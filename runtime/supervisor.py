@@ -35,6 +35,8 @@ class RestartPolicy:
     backoff_s: Annotated[float, Ge(0)] = 0.05
     """Wait before the first restart in the window; doubles with each further one."""
     max_backoff_s: Annotated[float, Ge(0)] = 5.0
+    start_s: Annotated[float, Gt(0)] = 120.0
+    """Time that the actor's `start` may take."""
 
 
 class RestartBudget:

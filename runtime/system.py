@@ -1,4 +1,4 @@
-"""The root of a system: starts nodes, spawns actors, supervises both, and ends everything in order.
+"""The root of a system: spawns actors in nodes, supervises both, and ends everything in order.
 
     async with System(run_dir) as system:
         verifier = await system.spawn(Verifier(), name="verifier", node="scorers")
@@ -11,7 +11,7 @@
 
 All supervision decisions are made here, one_for_one: an actor that fails is started again in its node; a node that dies
 is started again with all its actors. A budget that is exceeded ends the system: `failed` carries the reason. Knows
-nothing of what the actors do.
+nothing of what the actors do, nor how processes are started: see nodes.py.
 """
 
 from __future__ import annotations
@@ -21,35 +21,27 @@ import dataclasses
 import os
 import re
 import shutil
-import signal
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from .actor import Actor, message
-from .agent import NodeAgent, agent_status, interface_of, pack_spec
+from .agent import NodeAgent, agent_status, interface_of
 from .codec import dumps
+from .deadline import timeout
 from .directory import Status
 from .errors import ActorDied, LaunchError, RemoteError, RestartBudgetExceeded, RuntimeFault
 from .events import EventLog
-from .launcher import NodeProcess, NodeSpec, start_process
+from .launcher import NodeSpec
 from .mailbox import Lane
 from .node import Node
+from .nodes import ROOT, HostedNode, Nodes
 from .ref import Ref
 from .supervisor import RestartBudget, RestartPolicy
-from .transport import MAX_IPC_PATH_BYTES
-
-ROOT = "root"
-HELLO_S = 30.0
-"""Time a node process may take from its start to its first message."""
-
-STOP_NODE_S = 8.0
-TERMINATE_S = 1.0
 
 
 @dataclass(eq=False)
@@ -67,22 +59,6 @@ class _Child:
     """At most one restart is under way."""
 
 
-@dataclass(eq=False)
-class _NodeState:
-    """A node as the root sees it."""
-
-    spec: NodeSpec
-    incarnation: int = 0
-    key: str = ""
-    address: str = ""
-    process: NodeProcess | None = None
-    hello: asyncio.Future[None] | None = None
-    ready: bool = False
-    starting: asyncio.Lock = field(default_factory=asyncio.Lock)
-    revival: asyncio.Task[None] | None = None
-    """What brings it back after a death; at most one is under way."""
-
-
 @dataclass(kw_only=True)
 class _Root(Actor):
     """The actor `$root`: what nodes report."""
@@ -93,7 +69,7 @@ class _Root(Actor):
     @message(lane=Lane.SYSTEM)
     async def hello(self, key: str, pid: int) -> None:
         """A node process is up."""
-        self.system._on_hello(key)
+        self.system._nodes.on_hello(key)
 
     @message(lane=Lane.SYSTEM)
     async def actor_ended(self, name: str, incarnation: int, error: list[str] | None) -> None:
@@ -123,10 +99,12 @@ class System:
         """Restarts by actor."""
         self._specs = dict(nodes or {})
         self._seed = seed
-        self._nodes: dict[str, _NodeState] = {}
+        self._nodes: Nodes
         self._children: dict[str, _Child] = {}
+        self._revivals: dict[str, asyncio.Task[None]] = {}
+        """What brings a dead node back; at most one each."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stopping = False
+        self._stopped: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         self.failed = asyncio.get_running_loop().create_future()
@@ -148,16 +126,19 @@ class System:
         return self
 
     async def _open_root(self) -> None:
-        address = self._address(ROOT, 1)
-        self.node = Node(f"{ROOT}#1", address, self.events)
-        self._nodes[ROOT] = _NodeState(NodeSpec(name=ROOT), 1, self.node.key, address, ready=True)
+        self.node = Node(f"{ROOT}#1", f"ipc://{self._scratch}/{ROOT}-1", self.events)
+        status = Status(name="$root", node=self.node.key, state="up", incarnation=1, **interface_of(_Root))
+        self._nodes = Nodes(
+            self.node, [status], self._specs, self.events, sockets=self._scratch, logs=self.run_dir / "logs",
+            on_death=self._on_node_death, start_task=self._task,
+        )  # fmt: skip
         self._agent = NodeAgent()
         self._agent.done.add_done_callback(self._on_agent_done)
         actor = _Root()
         actor.system = self
         for host, name in ((self._agent, f"$node@{ROOT}"), (actor, "$root")):
             await self._agent.host(self.node, host, name, 1).up
-        self._publish(self._root_status(), agent_status(self.node.key))
+        self._nodes.publish(status, agent_status(self.node.key))
 
     async def __aexit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
         await self.stop("orderly stop" if error is None else f"{type(error).__name__}: {error}")
@@ -182,7 +163,7 @@ class System:
 
     def pids(self) -> dict[str, int]:
         """Process id of each node that was started, the root's own first."""
-        return {ROOT: os.getpid(), **{n: s.process.pid for n, s in self._nodes.items() if s.process is not None}}
+        return self._nodes.pids()
 
     async def spawn(self, actor: Actor, *, name: str, node: str = ROOT, policy: RestartPolicy | None = None) -> Ref:
         """Starts an actor in a node and returns its ref when its `start` has returned.
@@ -201,10 +182,12 @@ class System:
                 "define actor classes at the top level of a module that can be imported"
             )
         budget = RestartBudget(name, policy or RestartPolicy(), self._seed)
-        child = self._children[name] = _Child(actor, name, node, budget)
+        # A name that was in use goes on counting: nothing of the earlier actor may be taken for the new one's.
+        last = self.node.directory.last_incarnation(name)
+        child = self._children[name] = _Child(actor, name, node, budget, last)
         try:
             self._set_status(child, "starting", "")
-            await self._ensure_node(node)
+            await self._nodes.open(node)
             try:
                 await self._start(child)
             except ActorDied:
@@ -221,18 +204,20 @@ class System:
 
     def declare(self, name: str, kind: type[Actor]) -> None:
         """Makes a name known before its actor is spawned: calls to it wait for it instead of failing."""
-        self._publish(Status(name=name, node="", state="starting", incarnation=0, **interface_of(kind)))
+        self._nodes.publish(Status(name=name, node="", state="starting", incarnation=0, **interface_of(kind)))
 
     async def stop(self, reason: str = "orderly stop") -> None:
         """Stops all nodes, in parallel: asks, waits a bounded time, terminates, kills. Safe to call twice."""
-        if self._stopping:
-            return
-        self._stopping = True
+        if self._stopped is None:
+            self._stopped = asyncio.get_running_loop().create_task(self._stop(reason))
+        await asyncio.shield(self._stopped)
+
+    async def _stop(self, reason: str) -> None:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(self._stop_node(state) for state in self._nodes.values() if state.process))
+        await self._nodes.stop()
         await self._agent.shutdown()
         await self._agent.close()
         await self.node.close()
@@ -246,68 +231,16 @@ class System:
 
     # Nodes --------------------------------------------------------------------------------------------------
 
-    async def _ensure_node(self, name: str) -> None:
-        state = self._nodes.get(name)
-        if state is None:
-            state = self._nodes[name] = _NodeState(self._specs.get(name) or NodeSpec(name=name))
-        async with state.starting:
-            if not state.ready:
-                await self._start_node(state)
-
-    async def _start_node(self, state: _NodeState) -> None:
-        if self._stopping:
-            raise LaunchError(f"node {state.spec.name} was not started: the system is stopping")
-        name = state.spec.name
-        state.incarnation += 1
-        state.key = f"{name}#{state.incarnation}"
-        state.address = self._address(name, state.incarnation)
-        state.hello = asyncio.get_running_loop().create_future()
-        root = self._nodes[ROOT]
-        spec = pack_spec(
-            key=state.key, name=name, incarnation=state.incarnation, address=state.address, parent=os.getpid(),
-            root_key=root.key, root_address=root.address, statuses=[self._root_status(), agent_status(state.key)],
-            path=[p for p in sys.path if p],
-        )  # fmt: skip
-        state.process = process = start_process(state.spec, spec, self.run_dir / "logs" / f"{name}.log")
-        self.events.write("node_start", node=name, pid=process.pid, incarnation=state.incarnation)
-        ends: list[asyncio.Future[Any]] = [state.hello, process.exited]
-        done, _ = await asyncio.wait(ends, timeout=HELLO_S, return_when=asyncio.FIRST_COMPLETED)
-        if state.hello not in done:
-            why = process.exited.result() if done else f"no hello within {HELLO_S:g} s"
-            process.kill()
-            raise LaunchError(f"node {name} did not start: {why}\n{process.log_tail()}".rstrip())
-        # Only now its socket is surely bound.
-        self.node.transport.connect(state.key, state.address)
-        addresses = {s.key: s.address for s in self._nodes.values() if s.ready and s.key != root.key}
-        self._broadcast([agent_status(state.key)], {state.key: state.address}, {})
-        state.ready = True
-        self.node.directory.update(agent_status(state.key))
-        self.find(f"$node@{name}").update.cast(self.node.directory.all(), addresses, {})
-        self._task(self._watch_node(state, process))
-
-    def _on_hello(self, key: str) -> None:
-        for state in self._nodes.values():
-            if state.key == key and state.hello is not None and not state.hello.done():
-                state.hello.set_result(None)
-
-    async def _watch_node(self, state: _NodeState, process: NodeProcess) -> None:
-        reason = await asyncio.shield(process.exited)
-        name, state.ready = state.spec.name, False
-        self.events.write("node_exit", node=name, pid=process.pid, reason=reason, log=process.log_tail()[-500:])
-        self.node.peer_down(state.key, reason)
-        residents = [c for c in self._children.values() if c.node == name]
-        statuses = [self._status(c, "down", f"its node was {reason}") for c in residents]
-        statuses.append(agent_status(state.key, "down"))
-        for status in statuses:
-            self.node.directory.update(status)
-        self._broadcast(statuses, {}, {state.key: reason})
-        for task in (state.revival, *(c.restart for c in residents)):
+    def _on_node_death(self, node: HostedNode, reason: str) -> list[Status]:
+        residents = [child for child in self._children.values() if child.node == node.name]
+        for task in (self._revivals.get(node.name), *(child.restart for child in residents)):
             if task is not None:
                 task.cancel()
-        state.revival = self._task(self._revive(state, residents, reason))
+        self._revivals[node.name] = self._task(self._revive(node, residents, reason))
+        return [self._status(child, "down", f"its node ended: {reason}") for child in residents]
 
-    async def _revive(self, state: _NodeState, residents: list[_Child], reason: str) -> None:
-        """Starts a dead node again with its actors; if it dies while it starts, as often as their budgets allow."""
+    async def _revive(self, node: HostedNode, residents: list[_Child], reason: str) -> None:
+        """Opens a dead node again with its actors; if it dies as it starts, as often as their budgets allow."""
         while True:
             delays = [(child, self._delay(child, reason)) for child in residents]
             residents = [child for child, delay in delays if delay is not None]
@@ -315,42 +248,29 @@ class System:
                 return
             await asyncio.sleep(max(delay for _, delay in delays if delay is not None))
             try:
-                await self._ensure_node(state.spec.name)
+                await self._nodes.open(node.name)
             except LaunchError as error:
                 reason = str(error)
-                self.events.write("node_start_failed", node=state.spec.name, reason=reason)
+                self.events.write("node_start_failed", node=node.name, reason=reason)
             else:
                 break
         for child in residents:
             child.restart = self._task(self._restart(child, 0.0, reason))
 
-    async def _stop_node(self, state: _NodeState) -> None:
-        process = state.process
-        assert process is not None
-        if not process.exited.done() and state.ready:
-            try:
-                async with asyncio.timeout(STOP_NODE_S):
-                    await self.find(f"$node@{state.spec.name}").shutdown()
-                    await asyncio.shield(process.exited)
-            except (RuntimeFault, TimeoutError) as error:
-                self.events.write("node_stop_late", node=state.spec.name, reason=str(error))
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if process.exited.done():
-                return
-            process.kill(number)
-            await asyncio.wait([process.exited], timeout=TERMINATE_S)
-
     # Actors -------------------------------------------------------------------------------------------------
 
     async def _start(self, child: _Child) -> None:
-        child.incarnation += 1
         node = self._nodes[child.node]
+        if not node.ready:
+            raise ActorDied(f"{child.name}: its node {node.key} is down")
+        child.incarnation += 1
         self._set_status(child, "starting", "")
         kind = type(child.actor)
         path = f"{kind.__module__}:{kind.__qualname__}"
         fields = {f.name: getattr(child.actor, f.name) for f in dataclasses.fields(child.actor) if f.init}  # type: ignore[arg-type]
         agent = self.find(f"$node@{child.node}")
-        await agent.spawn(child.name, child.incarnation, path, dumps(fields))
+        async with timeout(child.budget.policy.start_s):
+            await agent.spawn(child.name, child.incarnation, path, dumps(fields))
         if not node.ready:
             raise ActorDied(f"{child.name}: its node {node.key} died as it started")
         if child.ended < child.incarnation:
@@ -372,7 +292,7 @@ class System:
 
     def _on_actor_ended(self, name: str, incarnation: int, error: list[str] | None) -> None:
         child = self._children.get(name)
-        if child is None or self._stopping or incarnation != child.incarnation:
+        if child is None or self._stopped is not None or incarnation != child.incarnation:
             return
         child.ended = incarnation
         reason = "stopped by itself" if error is None else f"{error[0]}: {error[1]}"
@@ -399,45 +319,33 @@ class System:
 
     async def _restart(self, child: _Child, delay: float, reason: str) -> None:
         await asyncio.sleep(delay)
+        if self._children.get(child.name) is not child:
+            return  # Its `spawn` was given up meanwhile.
         self.restarts[child.name] += 1
         self.events.write("actor_restart", actor=child.name, restart=self.restarts[child.name], reason=reason)
         try:
             await self._start(child)
-        except RuntimeFault as error:
+        except (RuntimeFault, TimeoutError) as error:
             if not self._nodes[child.node].ready:
                 return  # Its node died meanwhile, and comes back with all its actors.
             trace = error.remote_traceback if isinstance(error, RemoteError) else ""
             self._on_actor_ended(child.name, child.incarnation, ["did not start", _first_line(error), trace])
 
     def _status(self, child: _Child, state: Any, reason: str) -> Status:
-        node = self._nodes.get(child.node)
         return Status(
-            name=child.name, node=node.key if node is not None else "", state=state, incarnation=child.incarnation,
+            name=child.name, node=self._nodes[child.node].key, state=state, incarnation=child.incarnation,
             reason=reason, **interface_of(type(child.actor)),
         )  # fmt: skip
 
     def _set_status(self, child: _Child, state: Any, reason: str) -> None:
-        self._publish(self._status(child, state, reason))
+        self._nodes.publish(self._status(child, state, reason))
 
-    # Telling everybody --------------------------------------------------------------------------------------
-
-    def _publish(self, *statuses: Status) -> None:
-        for status in statuses:
-            self.node.directory.update(status)
-        self._broadcast(list(statuses), {}, {})
-
-    def _broadcast(self, statuses: list[Status], addresses: dict[str, str], dead: dict[str, str]) -> None:
-        for name, state in self._nodes.items():
-            if name != ROOT and state.ready:
-                self.find(f"$node@{name}").update.cast(statuses, addresses, dead)
-
-    def _root_status(self) -> Status:
-        return Status(name="$root", node=self.node.key, state="up", incarnation=1, **interface_of(_Root))
+    # When nothing helps -------------------------------------------------------------------------------------
 
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():
-            self.events.write("system_failed", reason=_first_line(error))
             self.failed.set_exception(error)
+            self.events.write("system_failed", reason=_first_line(error))
 
     def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -455,14 +363,6 @@ class System:
         error = done.exception()
         if error is not None:
             self._fail(error)
-
-    def _address(self, name: str, incarnation: int) -> str:
-        path = self._scratch / f"{name}-{incarnation}"
-        if len(str(path).encode()) > MAX_IPC_PATH_BYTES:
-            raise LaunchError(
-                f"socket path {path} is longer than {MAX_IPC_PATH_BYTES} bytes: set TMPDIR to a shorter one"
-            )
-        return f"ipc://{path}"
 
 
 def _check_name(what: str, name: str, marks: str) -> None:

@@ -62,7 +62,7 @@ class Transport:
         self._on_malformed = on_malformed
         self._peers: dict[str, _Peer] = {}
         self._loop = asyncio.get_running_loop()
-        _check_path(address)
+        check_address(address)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._router = self._bind(address)
         self._loop.add_reader(self._router.fileno(), self._drain)
@@ -178,7 +178,8 @@ class Transport:
         return len(envelopes) + 1
 
 
-def _check_path(address: str) -> None:
+def check_address(address: str) -> None:
+    """Raises LaunchError for a path that is too long for a socket."""
     path = address.removeprefix("ipc://")
     if path != address and len(path.encode()) > MAX_IPC_PATH_BYTES:
         raise LaunchError(

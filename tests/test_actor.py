@@ -149,10 +149,18 @@ async def test_which_deadline_a_call_gets():
     assert deadline_of_call(now, 60.0) == now + 60
 
 
-async def test_timeout_raises_timeout_error():
+async def test_timeout_raises_timeout_error_also_on_a_busy_loop():
     with pytest.raises(TimeoutError):
         async with timeout(0.01):
             await asyncio.sleep(10)
+    with pytest.raises(TimeoutError):
+        async with timeout(0):
+            await asyncio.sleep(10)
+    task = asyncio.current_task()
+    async with timeout(0.01):
+        time.sleep(0.05)  # noqa: ASYNC251 (a loop that does not turn)
+    await asyncio.sleep(0.02)
+    assert task.cancelling() == 0
 
 
 @dataclass(kw_only=True)

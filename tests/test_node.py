@@ -4,6 +4,7 @@ import asyncio
 import gc
 import shutil
 import tempfile
+import time
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -312,7 +313,7 @@ async def test_cancelling_the_caller_cancels_the_handler_and_the_actor_serves_on
         await asking
     await until(lambda: cell.actor.seen == ["held", "cancelled"])
     assert await echo.echo(2) == 2 and net["a"].waits.rows() == []
-    await until(lambda: not cell._running and not cell._withdrawn)
+    await until(lambda: not cell._running)
 
 
 async def test_a_message_cancelled_in_the_mailbox_never_runs_and_gives_its_credit_back(net):
@@ -340,6 +341,20 @@ async def test_a_late_call_is_given_up_by_both_and_says_who_waited_for_whom(net,
             await echo.hold()
     await until(lambda: cell.actor.seen == ["held", "cancelled"])
     assert await echo.echo(1) == 1
+
+
+async def test_a_busy_loop_does_not_lose_the_error_that_says_who_waited_for_whom(net, echo):
+    cell = next(iter(net.cells))[0]
+
+    async def hog():
+        await until(lambda: cell.actor.seen)
+        time.sleep(0.3)  # noqa: ASYNC251 (a loop that does not turn)
+
+    hogging = asyncio.create_task(hog())
+    with pytest.raises(DeadlineExceeded, match=r"waits for echo.hold"):
+        async with timeout(0.1):
+            await echo.hold()
+    await hogging
 
 
 async def test_asyncio_timeout_works_as_well(net, echo):

@@ -142,7 +142,7 @@ def test_a_controller_that_comes_back_repeats_nothing() -> None:
 
 def test_a_resumed_run_does_not_print_its_past() -> None:
     whole = progress(60)
-    past = progress(59) | {"elapsed_s": 200.0}
+    past = progress(59) | {"elapsed_s": 200.0, "resumed_s": 200.0}
     assert [line for line in lines_of({"rows": []}, past) if "/200" in line or "evaluation" in line] == []
     later = {**whole, "rows": [*past["rows"], rl_row(60) | {"elapsed_s": 201.0}], "elapsed_s": 201.0}
     shown = [line for line in lines_of({"rows": []}, past, later) if "/200" in line or "evaluation" in line]

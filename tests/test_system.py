@@ -15,10 +15,11 @@ import pytest
 from sample_actors import Echo, Fragile, Relay, Small, Streamer, Thinker, until
 
 from headrace.runtime import Actor, NodeSpec, RestartPolicy, System, timeout
-from headrace.runtime import system as system_module
+from headrace.runtime import nodes as nodes_module
 from headrace.runtime.errors import (
     ActorDied,
     CodecError,
+    DeadlineExceeded,
     LaunchError,
     MailboxFull,
     RemoteError,
@@ -208,6 +209,25 @@ async def test_a_node_that_can_not_start_says_why_and_can_be_tried_again(tmp_pat
         await system.spawn(Echo(), name="other", node="two")
 
 
+async def test_a_node_that_never_says_hello_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(nodes_module, "HELLO_S", 1.0)
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("import time; time.sleep(60)")
+    async with System(nodes={"one": NodeSpec(name="one", env={"PYTHONPATH": str(folder)})}) as system:
+        with pytest.raises(LaunchError, match="node one did not start: no hello within 1 s"):
+            await asyncio.wait_for(system.spawn(Echo(), name="echo", node="one"), 30)
+        await until(lambda: not alive(system.pids()["one"]))
+
+
+async def test_a_start_that_takes_too_long_is_given_up_and_stopped(system):
+    policy = RestartPolicy(start_s=0.1)
+    with pytest.raises(DeadlineExceeded, match=r"\$node@one.spawn: no answer within 0.1"):
+        await system.spawn(Fragile(slow_start_s=60), name="slow", node="one", policy=policy)
+    assert system.tree() == []
+    assert await (await system.spawn(Fragile(), name="slow", node="one", policy=policy)).ping()
+
+
 # Failing
 
 
@@ -358,6 +378,20 @@ async def test_a_node_killed_during_the_first_start_of_an_actor_is_started_again
     assert await ref.ping() == system.pids()["one"] and system.restarts["fragile"] == 1
 
 
+async def test_a_spawn_that_is_given_up_while_its_node_restarts_leaves_no_actor(system):
+    await system.spawn(Echo(), name="echo", node="one", policy=QUICK)
+    spawning = asyncio.create_task(system.spawn(Fragile(slow_start_s=60), name="slow", node="one", policy=QUICK))
+    await until(lambda: len(system.tree()) == 2 and system.tree()[1]["incarnation"] == 1)
+    os.kill(system.pids()["one"], signal.SIGKILL)
+    await until(lambda: system.restarts["slow"] == 1)
+    spawning.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await spawning
+    assert [row["name"] for row in system.tree()] == ["echo"]
+    slow = await asyncio.wait_for(system.spawn(Fragile(), name="slow", node="one", policy=QUICK), 30)
+    assert await slow.ping() == system.pids()["one"] and system.tree()[1]["incarnation"] == 3
+
+
 async def test_an_actor_that_kills_its_node_in_every_start_ends_the_system(system):
     policy = RestartPolicy(max_restarts=2, backoff_s=0.0)
     fragile = await system.spawn(Fragile(), name="fragile", node="one", policy=policy)
@@ -391,8 +425,8 @@ async def test_stopping_lets_every_actor_close_and_happens_once(tmp_path):
 
 @pytest.mark.parametrize("how", ["stop", "thread", "loop"])
 async def test_stopping_is_bounded_whatever_hangs(tmp_path, monkeypatch, how):
-    monkeypatch.setattr(system_module, "STOP_NODE_S", 0.5)
-    monkeypatch.setattr(system_module, "TERMINATE_S", 0.3)
+    monkeypatch.setattr(nodes_module, "STOP_NODE_S", 0.5)
+    monkeypatch.setattr(nodes_module, "TERMINATE_S", 0.3)
     begun = 0.0
     async with System(tmp_path) as system:
         fragile = await system.spawn(Fragile(hang_in_stop=how == "stop"), name="fragile", node="one")
@@ -438,7 +472,7 @@ async def test_a_system_that_can_not_open_leaves_nothing(tmp_path, monkeypatch):
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))
-    with pytest.raises(LaunchError, match="set TMPDIR to a shorter one"):
+    with pytest.raises(LaunchError, match="set TMPDIR to a shorter path"):
         async with System():
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["file", deep.name] and not list(deep.iterdir())

@@ -1,4 +1,4 @@
-"""A job that takes seconds, launched as a user does, watched by its files, killed and interrupted. Not a test by itself."""
+"""A job that takes seconds, launched as a user does, watched by its files, killed and interrupted. Holds no tests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -19,8 +20,8 @@ CLUSTER = Path(__file__).parents[1] / "cluster.toml"
 NODES = ("rollout", "verifier", "reward", "trainer")
 
 SETTINGS: dict[str, object] = {
-    # A model of 11 k parameters on sums of two digits: it learns the format in 40 steps, and then errs often enough that many
-    # groups are mixed.
+    # A model of 11 k parameters on sums of two digits: it learns the format in 40 steps, and then errs often enough for
+    # mixed groups.
     "model.hidden_size": 32, "model.num_layers": 1, "model.num_heads": 2, "model.num_kv_heads": 1, "model.head_dim": 16,
     "model.moe_intermediate_size": 32, "model.num_experts": 4,
     "task.max_operands": 2, "task.max_operand": 4, "task.slip": 0.3, "task.bias": 0.0,
@@ -77,7 +78,7 @@ class Launch:
         while not condition():
             ended = self.process.poll() is not None
             assert not ended or condition(), f"ended before: {for_what}\n{self.finish()}\n{self.output}\n{self.errors}"
-            assert time.monotonic() < until, f"waited {timeout_s:g} s for: {for_what}; last events: {self.events()[-5:]}"
+            assert time.monotonic() < until, f"waited {timeout_s:g} s for: {for_what}; events: {self.events()[-5:]}"
             time.sleep(0.01)
 
     def wait_for_event(self, name: str, **fields: object) -> None:
@@ -113,7 +114,9 @@ class Launch:
 
 
 @contextmanager
-def launch(tmp: Path, settings: Mapping[str, object] = {}, *arguments: str, cluster: Path = CLUSTER) -> Iterator[Launch]:
+def launch(
+    tmp: Path, settings: Mapping[str, object] = MappingProxyType({}), *arguments: str, cluster: Path = CLUSTER
+) -> Iterator[Launch]:
     """A launch that does not outlive its test."""
     job = Launch(tmp, settings, *arguments, cluster=cluster)
     try:
@@ -137,6 +140,14 @@ def lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    """Returns when none of the processes lives; fails after some seconds."""
+    until = time.monotonic() + 5
+    while alive := [pid for pid in pids if lives(pid)]:
+        assert time.monotonic() < until, alive
+        time.sleep(0.01)
 
 
 def check_rows(job: Launch, steps: int) -> None:

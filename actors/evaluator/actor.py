@@ -147,5 +147,3 @@ class Evaluator(Actor):
 
 def _accuracy(group: Group) -> float:
     return float(np.mean([t.verdict is not None and t.verdict.correct for t in group.trajectories]))
-
-

@@ -2,8 +2,9 @@
 
     generate.stream(requests) --> [Chunk, ...] as tokens come      load(manifest) --> weights swapped between two steps
 
-The engine and torch live on the actor's own thread; the loop only hands requests in and chunks out. Leaving a stream cancels
-its requests. A worker that was killed has lost nothing but the tokens since its last chunks: ask another one to go on from them.
+The engine and torch live on the actor's own thread; the loop only hands requests in and chunks out. Leaving a stream
+cancels its requests. A worker that was killed has lost nothing but the tokens since its last chunks: ask another one to
+go on from them.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ from .requests import Chunk, Request
 if TYPE_CHECKING:
     from .engine import Engine
 
-STEPS_PER_TURN = 8
-"""Decode steps between two looks at the mailbox: bounds the wait of a weight swap to some tens of milliseconds."""
+STEPS_PER_TURN = 4
+"""Decode steps between two looks at what was asked for."""
+
+TURNS_AHEAD = 2
+"""Turns that the thread has been given: while the chunks of one are handed out, the next is computed. A weight swap
+waits for them, some tens of milliseconds."""
 
 WEIGHTS_S = 240.0
 """How long a request waits for the first weights: the trainer may have to repeat its last steps before it has any."""
@@ -59,10 +64,14 @@ class Rollout(Actor):
         self._cancelled: list[int] = []
         self._keys = 0
         self._busy_s = 0.0
+        self._busy_since = 0.0
+        names = ("live", "waiting", "steps", "tokens", "prefilled_tokens", "busy_s")
+        self._stats: dict[str, Any] = {"version": -1, **dict.fromkeys(names, 0)}
         self._work = asyncio.Event()
         self._armed = asyncio.Event()
         await self.in_thread(_import_torch)
-        self.background(self._generate(), name="generate")
+        for number in range(TURNS_AHEAD):
+            self.background(self._generate(), name=f"generate/{number}")
 
     async def stop(self, reason: BaseException | None) -> None:
         self._receiver.close()
@@ -81,8 +90,8 @@ class Rollout(Actor):
     async def generate(self, requests: list[Request]) -> AsyncIterator[list[Chunk]]:
         """Streams chunks of all responses until the last has finished. `key` of each request is echoed in its chunks.
 
-        Raises ValueError for a request that can't be generated; none of `requests` has begun then. Raises TimeoutError if
-        there are no weights.
+        Raises ValueError for a request that can't be generated; none of `requests` has begun then. Raises TimeoutError
+        if there are no weights.
         """
         try:
             async with asyncio.timeout(WEIGHTS_S):
@@ -117,24 +126,20 @@ class Rollout(Actor):
 
     @message(concurrent=True, lane=Lane.CONTROL)
     async def stats(self) -> dict[str, Any]:
-        """version, live, waiting, steps, tokens, prefilled_tokens, busy_s (seconds in which the engine computed)."""
-        engine = self._engine
-        if engine is None:
-            return {"version": -1, "live": 0, "waiting": 0, "steps": 0, "tokens": 0, "prefilled_tokens": 0, "busy_s": 0.0}
-        return {
-            "version": engine.version, "live": engine.num_live, "waiting": engine.num_waiting,
-            "steps": engine.stats.num_steps, "tokens": engine.stats.num_generated_tokens,
-            "prefilled_tokens": engine.stats.num_prefilled_tokens, "busy_s": self._busy_s,
-        }  # fmt: skip
+        """version, live, waiting, steps, tokens, prefilled_tokens; busy_s: seconds in which there was work to do."""
+        return self._stats
 
     async def _generate(self) -> None:
-        """Drives the engine while there is anything to do, and hands its chunks to the streams that wait for them."""
+        """Drives the engine while there is anything to do, and hands its chunks to the streams that wait for them.
+
+        Runs several times at once: the thread takes the turns, and the loop their chunks, in the order they were given.
+        """
         while True:
             await self._work.wait()
             await self._armed.wait()
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
-            chunks = await self.in_thread(self._turn, submitted, cancelled)
+            chunks, more = await self.in_thread(self._turn, submitted, cancelled)
             by_stream: dict[asyncio.Queue[list[Chunk]], list[Chunk]] = {}
             for chunk in chunks:
                 queue = self._streams.get(chunk.key)
@@ -142,15 +147,16 @@ class Rollout(Actor):
                     by_stream.setdefault(queue, []).append(chunk)
             for queue, batch in by_stream.items():
                 queue.put_nowait(batch)
-            assert self._engine is not None
-            if not (self._engine.num_live or self._engine.num_waiting or self._submitted or self._cancelled):
+            if more or self._submitted or self._cancelled:
+                self._work.set()
+            else:
                 self._work.clear()
 
-    def _turn(self, submitted: list[Request], cancelled: list[int]) -> list[Chunk]:
-        """On the actor's thread: some decode steps."""
+    def _turn(self, submitted: list[Request], cancelled: list[int]) -> tuple[list[Chunk], bool]:
+        """On the actor's thread: some decode steps. Returns what is due, and whether there is more to do."""
         engine = self._engine
         assert engine is not None
-        begun = time.perf_counter()
+        begun = self._busy_since or time.perf_counter()
         for request in submitted:
             engine.submit(request)
         for key in cancelled:
@@ -160,8 +166,16 @@ class Rollout(Actor):
             chunks += engine.step()
             if not engine.num_live:
                 break
-        self._busy_s += time.perf_counter() - begun
-        return chunks
+        more = engine.num_live + engine.num_waiting > 0
+        ended = time.perf_counter()
+        self._busy_s += ended - begun
+        self._busy_since = ended if more else 0.0
+        self._stats = {
+            "version": engine.version, "live": engine.num_live, "waiting": engine.num_waiting,
+            "steps": engine.stats.num_steps, "tokens": engine.stats.num_generated_tokens,
+            "prefilled_tokens": engine.stats.num_prefilled_tokens, "busy_s": self._busy_s,
+        }  # fmt: skip
+        return chunks, more
 
     def _load(self, manifest: Manifest) -> None:
         """On the actor's thread, hence between two turns."""
@@ -170,6 +184,7 @@ class Rollout(Actor):
         tensors = self._receiver.receive(manifest)
         if self._engine is not None:
             self._engine.load(manifest.version, tensors)
+            self._stats = {**self._stats, "version": manifest.version}
             return
         self._engine = Engine(
             self.model, tensors, version=manifest.version, num_slots=self.num_slots,

@@ -4,8 +4,8 @@
     warm_up(until) / step(n, groups)  -->  metrics        publish(version)  -->  Manifest of shared memory
     checkpoint(...)  -->  a folder that appears whole or not at all        rewind(): as a restart
 
-A deterministic state machine: the same checkpoint and the same batches give the same weights, bit for bit on a CPU. Knows nothing of
-rollout, rewards or the pool.
+A deterministic state machine: the same checkpoint and the same batches give the same weights, bit for bit on a CPU.
+Knows nothing of rollout, rewards or the pool.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Trainer(Actor):
     """Newest checkpoints that are kept."""
 
     async def start(self) -> None:
-        """Loads the newest checkpoint of the run. Raises ValueError or FileNotFoundError, saying what to do, if it is damaged."""
+        """Loads the newest checkpoint. Raises ValueError or FileNotFoundError, saying what to do, if it is damaged."""
         self._publisher = Publisher("policy")
         self._kept: tuple[str, int] = "sft", 0
         self._learner: Learner = await self.in_thread(self._open)
@@ -80,8 +80,8 @@ class Trainer(Actor):
 
     @message(thread=True, deadline_s=600.0)
     def step(self, number: int, groups: list[Group]) -> dict[str, float]:
-        """RL step `number`, the next one. Raises ValueError if it is not; FloatingPointError, and changes nothing, if the
-        loss or its gradient is not finite."""
+        """RL step `number`, the next one. Raises ValueError if it is not, and FloatingPointError if the loss or its
+        gradient is not finite."""
         held = self._learner.step if self._learner.stage == "rl" else 0
         if number != held + 1:
             raise ValueError(f"RL step {number} can't follow {held}; show the trainer the batches in between")

@@ -1,0 +1,148 @@
+"""kill -9 of any actor's process at any time, and actors that misbehave: the run reaches its end or says why not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny_job import CLUSTER, NODES, Launch, check_rows, launch, lines
+
+
+def cluster_with(tmp: Path, actor: str, name: str, **fields: object) -> Path:
+    """The default cluster file with another class for an actor."""
+    before, head, after = CLUSTER.read_text().partition(f"[actors.{actor}]")
+    comment, _, rest = after.partition("\n")
+    kind, _, rest = rest.partition("\n")
+    assert kind.startswith("class = ")
+    lines = [f'class = "job_actors:{name}"', *(f"{key} = {value!r}" for key, value in fields.items())]
+    path = tmp / "cluster.toml"
+    path.write_text(f"{before}{head}{comment}\n" + "\n".join(lines) + f"\n{rest}")
+    return path
+
+
+def ended_well(job: Launch, steps: int, *killed: str) -> None:
+    """The run has reached its end with nothing but kills and restarts of these nodes' actors on its way."""
+    assert job.finish() == 0, job.errors
+    assert job.errors == ""
+    assert job.left_behind() == []
+    check_rows(job, steps)
+    assert {(e["node"], e["reason"]) for e in job.events("node_exit")} == {
+        (node, "killed by SIGKILL") for node in killed
+    }
+    assert job.events("actor_exit") == []
+    restarts = [e["actor"] for e in job.events("actor_restart")]
+    assert job.summary["restarts"] == {actor: restarts.count(actor) for actor in killed}
+
+
+def test_every_worker_may_be_killed_in_the_middle_of_rl(tmp_path: Path) -> None:
+    with launch(tmp_path, {"rl.steps": 40}) as job:
+        job.wait_for_step(4)
+        job.kill("rollout")
+        job.wait_for_event("answers_continued")
+        job.wait_for_step(len(job.rows()) + 3)
+        job.kill("verifier", "reward")
+        job.wait_for_event("actor_up", actor="reward", incarnation=2)
+        job.wait_for_step(len(job.rows()) + 3)
+        job.kill("trainer")
+        job.wait_for_event("actor_up", actor="trainer", incarnation=2)
+        ended_well(job, 40, *NODES)
+    assert set(job.summary["restarts"].values()) == {1}
+
+
+@pytest.mark.slow
+def test_workers_may_be_killed_together_and_again_as_they_come_back(tmp_path: Path) -> None:
+    with launch(tmp_path, {"rl.steps": 40}) as job:
+        job.wait_for_step(6)
+        job.kill("trainer", "rollout")
+        job.wait_for_event("answers_continued")
+        job.wait_for_step(len(job.rows()) + 3)
+        job.kill("rollout")
+        job.wait_for_event("node_start", node="rollout", incarnation=3)
+        job.kill("rollout")
+        job.wait_for_event("node_start", node="rollout", incarnation=4)
+        job.wait_for_step(len(job.rows()) + 8)
+        job.kill(*NODES)
+        ended_well(job, 40, *NODES)
+    assert any(e["batches"] for e in job.events("batches_repeated"))
+
+
+@pytest.mark.slow
+def test_workers_may_be_killed_in_the_warm_up_and_while_it_is_measured(tmp_path: Path) -> None:
+    settings = {"sft.steps": 200, "sft.checkpoint_every": 60, "evaluation.num_problems": 512}
+    with launch(tmp_path, settings) as job:
+        job.wait_for_step(100, "sft")
+        job.kill("trainer")
+        job.wait_for_event("actor_up", actor="trainer", incarnation=2)
+        job.kill("rollout")
+        job.wait("the last step of the warm-up", lambda: trained(job) >= 180)
+        job.wait_for_event("actor_up", actor="rollout", incarnation=2)
+        job.kill("rollout", "verifier", "trainer")
+        ended_well(job, 6, "rollout", "trainer", "verifier")
+    assert [row["step"] for row in job.rows("sft")] == list(range(20, 201, 20))
+    assert [(e["stage"], e["n"]) for e in job.summary["evaluation"]] == [("sft", 512), ("rl", 512)]
+
+
+def trained(job: Launch) -> int:
+    return max((row["step"] for row in job.rows("sft")), default=0)
+
+
+@pytest.mark.slow
+def test_a_verifier_that_errs_costs_only_the_groups_that_it_can_not_judge(tmp_path: Path) -> None:
+    with launch(tmp_path, {"rl.steps": 5}, cluster=cluster_with(tmp_path, "verifier", "Erratic")) as job:
+        assert job.finish() == 0, job.errors
+    check_rows(job, 5)
+    last = job.rows()[-1]
+    assert last["failed_groups"] >= 6
+    reasons = sorted(e["reason"] for e in job.events("group_failed"))
+    assert reasons[0] == "ZeroDivisionError: verifier.judge raised ZeroDivisionError: a verifier's bug"
+    assert re.match(r"no verdict in time: controller:group \d+ waits for verifier.judge: no answer within", reasons[1])
+    assert reasons[2:] == ["too few verdicts: the sandbox is gone"]
+    sizes = {row["responses"] for row in job.rows()}
+    assert sizes <= {12, 13, 14, 15, 16} and sizes != {16}, "a member without a verdict takes no part"
+    assert "Traceback" not in job.output + job.errors
+
+
+def test_an_actor_that_can_not_start_ends_the_run_with_a_line(tmp_path: Path) -> None:
+    with launch(tmp_path, cluster=cluster_with(tmp_path, "verifier", "NeverStarts")) as job:
+        assert job.finish() == 1
+    assert job.errors.splitlines()[0] == "the run failed: verifier did not start: OSError: no sandbox"
+    assert len(job.errors.splitlines()) == 3
+    assert "Traceback" not in job.output
+    assert job.left_behind() == []
+    (failed,) = job.events("run_failed")
+    assert "Traceback" in failed["traceback"] and "on this machine" in failed["traceback"]
+    assert not job.summary["ok"] and job.summary["reason"] == "verifier did not start: OSError: no sandbox"
+
+
+@pytest.mark.slow
+def test_an_actor_that_never_comes_back_uses_up_its_budget_and_ends_the_run(tmp_path: Path) -> None:
+    cluster = cluster_with(tmp_path, "verifier", "StartsOnce", lock=str(tmp_path / "lock"), max_restarts=2)
+    with launch(tmp_path, {"rl.steps": 1000}, cluster=cluster) as job:
+        job.wait_for_step(2)
+        job.kill("verifier")
+        assert job.finish() == 1
+    steps = len(job.rows())
+    assert "verifier failed again after 2 restarts" in job.errors.splitlines()[0]
+    assert "File exists" in job.errors.splitlines()[0]
+    assert len(job.errors.splitlines()) == 3 and "Traceback" not in job.output + job.errors
+    assert job.left_behind() == []
+    summary = job.summary
+    assert not summary["ok"] and summary["steps"] == steps and summary["restarts"] == {"verifier": 2}
+
+    (tmp_path / "lock").unlink()
+    with launch(tmp_path, {"rl.steps": 1000}, "--resume", cluster=cluster) as job:
+        job.wait_for_step(steps + 1)
+    assert lines(job.run / "metrics.jsonl")[-1]["step"] > steps
+
+
+@pytest.mark.slow
+def test_a_controller_that_fails_again_and_again_is_given_up(tmp_path: Path) -> None:
+    with launch(tmp_path, {"rl.steps": 30}, cluster=cluster_with(tmp_path, "controller", "FailsAtStep6")) as job:
+        assert job.finish() == 1
+    text = "the run failed: the controller failed 3 times with no step in between: ZeroDivisionError: step 6"
+    assert job.errors.splitlines()[0] == text
+    assert len(job.errors.splitlines()) == 3 and "Traceback" not in job.output
+    assert job.left_behind() == []
+    assert [row["step"] for row in job.rows()] == [1, 2, 3, 4, 5]
+    assert job.output.count(" rl ") == 5, "each step is shown once"
