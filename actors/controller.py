@@ -16,13 +16,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..runtime import Actor, Lane, message
+from ..runtime import Actor, Lane, message, timeout
 from ..runtime.codec import dumps
 from ..runtime.errors import ActorDied, CorruptWeights, DeadlineExceeded, RemoteError, StaleIncarnation
 from ..runtime.pool import Entry, Lease
@@ -31,19 +32,23 @@ from .data.adaptation import Adaptation
 from .data.running_sum import RunningSum
 from .evaluator import Evaluation
 from .evaluator.settings import EvaluationSettings
+from .patience import patiently
 from .report import Row
-from .rollout.requests import Request
+from .rollout.answers import finish_answers
 from .run_state import POOL, STATE, load_state
 from .stream.ledger import Ledger
 from .stream.policy import priority, stream_policy
 from .telemetry import Telemetry
-from .trainer.durable import DurableTrainer, patiently
+from .trainer.durable import DurableTrainer
 from .trainer.groups import has_signal
 from .trainer.settings import RlSettings, SftSettings
 from .types import Group, Prompt, Trajectory
 
 LEASE_S = 600.0
 """Longest wait for a training batch; past it the run is given up, and says what it waited for."""
+
+STATS_S = 2.0
+"""Longest wait for numbers that are only shown."""
 
 TRAINER = "trainer"
 """Holder of the leases."""
@@ -75,7 +80,6 @@ class Controller(Actor):
             self.adaptation.load_state(self.state.adaptation)
         self.telemetry = Telemetry(self.run.path, self.state.stage, self.state.step, self.state.telemetry)
         self._rollout_holds = NOTHING
-        self._interrupted: list[int] = []
         if self._pool_state is not None:
             self.log("resumed", stage=self.state.stage, step=self.state.step)
         self._arming = asyncio.Lock()
@@ -237,26 +241,8 @@ class Controller(Actor):
         self._room.set()
 
     async def _generate(self, group: Group) -> None:
-        """Has all members finished, across deaths and restarts of the worker: what was received is kept."""
-
-        async def finish() -> None:
-            unfinished = [t for t in group.trajectories if not t.finish]
-            if not unfinished:
-                return
-            request = Request(
-                key=0, ordinal=group.prompt.ordinal, prompt=group.prompt.tokens,
-                members=[t.member for t in unfinished], prefixes=[t.tokens() for t in unfinished],
-                max_new_tokens=self.rl.max_new_tokens, temperature=self.rl.temperature,
-            )  # fmt: skip
-            try:
-                async for chunks in self.rollout.generate.stream([request]):
-                    for chunk in chunks:
-                        group.trajectories[chunk.member].append(chunk)
-            except ActorDied:
-                self._interrupted.append(group.num_tokens)
-                raise
-
-        await patiently(finish)
+        tokens, temperature = self.rl.max_new_tokens, self.rl.temperature
+        await finish_answers(self.rollout, [group], max_new_tokens=tokens, temperature=temperature)
 
     async def _judge(self, group: Group) -> str:
         """Verdicts, then rewards. Returns "kind: why" if the group fails: an error is never a zero reward."""
@@ -291,6 +277,8 @@ class Controller(Actor):
                 try:
                     self._rollout_holds = await patiently(partial(self.rollout.load, manifest))
                     self.telemetry.armed(time.monotonic() - self._published)
+                    for ordinal in list(self.ledger.partial):
+                        self.ledger.resume(ordinal)
                     self._room.set()
                 except (StaleIncarnation, CorruptWeights) as error:
                     if manifest is self._manifest:  # If not, a newer version came between.
@@ -298,17 +286,21 @@ class Controller(Actor):
                         self._manifest = await self.trainer.publish()
 
     async def _watch_rollout(self) -> None:
+        """Pauses the groups of a worker that died; arms the one that comes, and has them continued."""
         incarnation = 0
+        halted: dict[int, int] = {}
         async for status in self.watch("rollout"):
             if status.state != "up" or status.incarnation != incarnation:
                 self._rollout_holds = NOTHING
+                halted |= {o: g.num_tokens for o, g in self.state.in_flight.items() if not g.finished}
+                for ordinal in list(self.ledger.running):
+                    self.ledger.pause(ordinal)
             if status.state == "up":
                 incarnation = status.incarnation
                 await self._arm()
-                if self._interrupted:
-                    groups, tokens = len(self._interrupted), sum(self._interrupted)
-                    self._interrupted.clear()
-                    self.log("answers_continued", groups=groups, tokens_kept=tokens)
+                if halted:
+                    self.log("answers_continued", groups=len(halted), tokens_kept=sum(halted.values()))
+                    halted.clear()
 
     async def _watch_trainer(self) -> None:
         incarnation = 0
@@ -331,10 +323,11 @@ class Controller(Actor):
 
     async def _measure(self, metrics: dict[str, float], batch: list[Group], staleness: list[int]) -> Row:
         """The line of metrics of a step; what a dead worker can't say now is left out."""
-        try:
-            rollout = {} if self._rollout_holds == NOTHING else await self.rollout.stats()
-        except ActorDied:
-            rollout = {}
+        rollout: dict[str, Any] = {}
+        if self._rollout_holds != NOTHING:
+            with suppress(ActorDied, TimeoutError):
+                async with timeout(STATS_S):
+                    rollout = await self.rollout.stats()
         step, version = self.state.step, self.state.version
         return self.telemetry.rl_step(step, version, metrics, batch, staleness, rollout, self.ledger.counts)
 

@@ -44,8 +44,6 @@ METRICS: dict[str, Metric] = {
     "step_s": Metric("s", "wall time since the previous step"),
     "train_s": Metric("s", "the trainer computed"),
     "expert_load": Metric("", "tokens of the busiest expert over the mean, worst layer"),
-    "rss_bytes": Metric("bytes", "resident memory of all processes of the run"),
-    "restarts": Metric("", "restarts of actors and nodes since the run began"),
     # SFT
     "accuracy_ratio": Metric("0..1", "demonstration tokens that are the model's first choice"),
     "max_size": Metric("", "largest problem of the curriculum at this step"),

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from .types import Group
 
 UPDATE_S = 0.25
 """Shortest time between two updates of a screen."""
+
+IDLE_S = 60.0
+"""Longest time without an update, so that those who wait for one know that the run lives."""
 
 STALENESS_BINS = 16
 
@@ -218,7 +221,9 @@ class Telemetry:
             if done:
                 return
             await asyncio.sleep(UPDATE_S)
-            await changed.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(IDLE_S):
+                    await changed.wait()
 
     def _in_stage(self) -> bool:
         return bool(self.rows) and self.rows[-1]["stage"] == self.stage

@@ -111,6 +111,11 @@ class Group:
     trajectories: list[Trajectory]
 
     @property
+    def finished(self) -> bool:
+        """Whether all responses have ended."""
+        return all(t.finish for t in self.trajectories)
+
+    @property
     def oldest_version(self) -> int:
         """Version of the oldest token: staleness counts from here."""
         return min(s.version for t in self.trajectories for s in t.segments)

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from .runtime.errors import ActorDied, LaunchError, RemoteError, RuntimeFault
 from .runtime.toml import ConfigError
@@ -27,6 +32,9 @@ DRAIN_S = 120.0
 
 MAX_FAILURES = 3
 """Failures of the controller, with no step in between, after which the run is given up: it would fail for ever."""
+
+STOP_NOW_S = 1.0
+"""After a second Ctrl-C: time to end in good order."""
 
 SAMPLE_S = 1.0
 """Time between two looks at memory and the actor tree."""
@@ -107,8 +115,12 @@ class _Launch:
                     await self._follow(system, screen)
             except RuntimeFault as error:
                 self.summary["reason"] = _first_line(error)
+            except BrokenPipeError:
+                self.summary["reason"] = "nobody reads the output any more"
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         known = {"wall_s": time.time() - self.started, **self.summary}
-        known |= {"run": self.job.run.name, "restarts": dict(system.restarts), "peak_rss_bytes": self.peak_rss_bytes}
+        restarts = _restarts(self.dir.events)
+        known |= {"run": self.job.run.name, "restarts": restarts, "peak_rss_bytes": self.peak_rss_bytes}
         if self.interrupts and not known["ok"] and not known["reason"]:
             known["reason"] = "interrupted"
         write_summary(self.dir.summary, known)
@@ -120,11 +132,14 @@ class _Launch:
         work = asyncio.create_task(self._work(system, screen))
         stopping = asyncio.create_task(self.stop_now.wait())
         try:
-            await asyncio.wait([work, system.failed, stopping], return_when=asyncio.FIRST_COMPLETED)
-            if system.failed.done():
-                system.failed.result()
-            if work.done():
-                work.result()
+            await asyncio.wait([work, watching, system.failed, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():
+                work.cancel()
+                await system.stop("interrupted", patience_s=STOP_NOW_S)
+                return
+            for ended in (system.failed, work, watching):
+                if ended.done():
+                    ended.result()
         except RuntimeFault as error:
             trace = error.remote_traceback if isinstance(error, RemoteError) else ""
             system.events.write("run_failed", reason=_first_line(error), traceback=trace)
@@ -151,6 +166,8 @@ class _Launch:
                 async for update in system.find("controller").progress.stream():
                     self.state["rows"] += update.pop("rows")
                     self.summary |= update.pop("summary")
+                    # A controller that comes back takes rows of this very process for history.
+                    update["resumed_s"] = self.state.get("resumed_s", update["resumed_s"])
                     self.state |= {**update, "started": time.time() - update["elapsed_s"]}
                     self._show(system, screen)
                     if update["done"]:
@@ -219,6 +236,13 @@ async def _spawn(system: System, spec: ActorSpec) -> None:
 def _position(row: dict[str, Any]) -> tuple[int, int]:
     """Rows of a run in order."""
     return int(row["stage"] == "rl"), row["step"]
+
+
+def _restarts(events: Path) -> dict[str, int]:
+    """Restarts by actor, those in earlier processes of a resumed run too."""
+    lines = events.read_bytes().splitlines() if events.exists() else []
+    restarts = [event for line in lines if (event := orjson.loads(line))["event"] == "actor_restart"]
+    return dict(Counter(event["actor"] for event in restarts))
 
 
 def _first_line(error: BaseException) -> str:

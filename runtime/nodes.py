@@ -110,10 +110,12 @@ class Nodes:
             self._root.directory.update(status)
         self._broadcast(list(statuses), {}, {})
 
-    async def stop(self) -> None:
-        """Ends all nodes but the root, in parallel: asks, waits a bounded time, terminates, kills."""
+    async def stop(self, patience_s: float | None = None) -> None:
+        """Ends all nodes but the root, in parallel: asks, waits `patience_s` (STOP_NODE_S), terminates, kills."""
         self._closed = True
-        await asyncio.gather(*(self._stop(hosted, hosted.process) for hosted in self._nodes.values() if hosted.process))
+        patience_s = STOP_NODE_S if patience_s is None else patience_s
+        processes = [(hosted, hosted.process) for hosted in self._nodes.values() if hosted.process]
+        await asyncio.gather(*(self._stop(hosted, process, patience_s) for hosted, process in processes))
 
     async def _start(self, hosted: HostedNode) -> None:
         name = hosted.name
@@ -160,14 +162,15 @@ class Nodes:
             self._root.directory.update(status)
         self._broadcast(statuses, {}, {hosted.key: reason})
 
-    async def _stop(self, hosted: HostedNode, process: NodeProcess) -> None:
+    async def _stop(self, hosted: HostedNode, process: NodeProcess, patience_s: float) -> None:
         if hosted.ready and not process.exited.done():
             try:
-                async with asyncio.timeout(STOP_NODE_S):
+                async with asyncio.timeout(patience_s):
                     await self._root.ref(f"$node@{hosted.name}").shutdown()
                     await asyncio.shield(process.exited)
             except (RuntimeFault, TimeoutError) as error:
-                self._events.write("node_stop_late", node=hosted.name, reason=str(error))
+                reason = str(error) or f"it had not ended after {patience_s:g} s"
+                self._events.write("node_stop_late", node=hosted.name, reason=reason)
         for number in (signal.SIGTERM, signal.SIGKILL):
             if process.exited.done():
                 return

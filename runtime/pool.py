@@ -54,11 +54,16 @@ class SamplePool(Actor):
         """What chooses the entries of a lease."""
         return in_key_order
 
+    def journal_path(self) -> str:
+        """Where the journal is kept; "" for nowhere."""
+        return self.journal
+
     async def start(self) -> None:
         """Replays the journal. Raises JournalError if it is in use or damaged."""
         self._changed = asyncio.Event()
         self._waiting: list[_Wait] = []
-        journal = Journal(self.journal) if self.journal else None
+        path = self.journal_path()
+        journal = Journal(path) if path else None
         try:
             self._pool = Pool(capacity=self.capacity, policy=self.policy(), journal=journal, lease_s=self.lease_s)
         except BaseException:

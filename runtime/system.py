@@ -206,18 +206,18 @@ class System:
         """Makes a name known before its actor is spawned: calls to it wait for it instead of failing."""
         self._nodes.publish(Status(name=name, node="", state="starting", incarnation=0, **interface_of(kind)))
 
-    async def stop(self, reason: str = "orderly stop") -> None:
+    async def stop(self, reason: str = "orderly stop", *, patience_s: float | None = None) -> None:
         """Stops all nodes, in parallel: asks, waits a bounded time, terminates, kills. Safe to call twice."""
         if self._stopped is None:
-            self._stopped = asyncio.get_running_loop().create_task(self._stop(reason))
+            self._stopped = asyncio.get_running_loop().create_task(self._stop(reason, patience_s))
         await asyncio.shield(self._stopped)
 
-    async def _stop(self, reason: str) -> None:
+    async def _stop(self, reason: str, patience_s: float | None) -> None:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._nodes.stop()
+        await self._nodes.stop(patience_s)
         await self._agent.shutdown()
         await self._agent.close()
         await self.node.close()
@@ -372,5 +372,6 @@ def _check_name(what: str, name: str, marks: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """What happened, without the remote traceback."""
-    return str(error.args[0] if isinstance(error, RemoteError) else error) or type(error).__name__
+    """What happened, without the remote traceback; of a `start` that raised, only what it raised."""
+    text = str(error.args[0] if isinstance(error, RemoteError) else error)
+    return text.partition(".spawn raised ")[2] or text or type(error).__name__

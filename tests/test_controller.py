@@ -217,7 +217,7 @@ async def running(policies: dict[str, RestartPolicy] | None = None, every: int =
     run = RunSpec(name=WORLD.run.name, directory=str(WORLD.run.parent))
     actors: dict[str, Actor] = {
         "rollout": FakeRollout(), "trainer": FakeTrainer(), "evaluator": FakeEvaluator(), "verifier": RuleVerifier(),
-        "reward": Reward(rl=RL), "pool": StreamPool(rl=RL, capacity=32),
+        "reward": Reward(rl=RL), "pool": StreamPool(run=run, rl=RL, capacity=32),
         "controller": OneSize(run=run, task=TASK, sft=SFT, rl=RL, evaluation=EvaluationSettings(every=every)),
     }  # fmt: skip
     WORLD.run.mkdir(parents=True, exist_ok=True)

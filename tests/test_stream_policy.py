@@ -17,6 +17,7 @@ from headrace.actors.trainer.settings import RlSettings
 from headrace.runtime.codec import decode, encode
 from headrace.runtime.entries import Entry, Selection, View
 from headrace.runtime.pool_state import Pool
+from headrace.runtime.rundir import RunSpec
 
 
 def entry(id, started, variance=0.0):
@@ -132,8 +133,10 @@ def test_settings_are_checked_and_travel():
     with pytest.raises(ValueError, match="pool_capacity must hold a batch: at least 16, got 8"):
         StreamPolicy(batch=16, pool_capacity=8)
     with pytest.raises(ValueError, match="capacity must hold a batch: at least 16 groups, got 15"):
-        StreamPool(capacity=15, rl=RlSettings(groups_per_step=16))
-    assert StreamPool(rl=RlSettings(max_staleness=3, alpha=0.5)).policy() == stream_policy(
+        StreamPool(capacity=15, run=RunSpec(name="a"), rl=RlSettings(groups_per_step=16))
+    pool = StreamPool(run=RunSpec(name="a", directory="b"), rl=RlSettings(max_staleness=3, alpha=0.5))
+    assert pool.journal_path() == "b/a/journal/pool"
+    assert pool.policy() == stream_policy(
         RlSettings(max_staleness=3, alpha=0.5)
     )
     policy = StreamPolicy(batch=16, alpha=0.25)

@@ -13,8 +13,8 @@ import numpy as np
 from ...runtime import Actor, message, wire
 from ..data import running_sum
 from ..data.running_sum import RunningSum
-from ..rollout.requests import Request
-from ..trainer.durable import patiently
+from ..patience import patiently
+from ..rollout.answers import finish_answers
 from ..trainer.settings import RlSettings
 from ..types import Group, Prompt, Trajectory, Verdict
 from .settings import EvaluationSettings
@@ -106,22 +106,7 @@ class Evaluator(Actor):
             Group(prompt=prompt, trajectories=[Trajectory(member=m) for m in range(samples)]) for prompt in prompts
         ]
         rollout, verifier = self.find("rollout"), self.find("verifier")
-
-        async def finish() -> None:
-            requests = [
-                Request(
-                    key=i, ordinal=group.prompt.ordinal, prompt=group.prompt.tokens,
-                    members=[t.member for t in unfinished], prefixes=[t.tokens() for t in unfinished],
-                    max_new_tokens=self.rl.max_new_tokens, temperature=temperature,
-                )
-                for i, group in enumerate(groups)
-                if (unfinished := [t for t in group.trajectories if not t.finish])
-            ]  # fmt: skip
-            async for chunks in rollout.generate.stream(requests):
-                for chunk in chunks:
-                    groups[chunk.key].trajectories[chunk.member].append(chunk)
-
-        await patiently(finish)
+        await finish_answers(rollout, groups, max_new_tokens=self.rl.max_new_tokens, temperature=temperature)
         for group in groups:
             verdicts: list[Verdict] = await patiently(partial(verifier.judge, group))
             for trajectory, verdict in zip(group.trajectories, verdicts, strict=True):

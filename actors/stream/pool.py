@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...runtime.pool import Policy, SamplePool
+from ...runtime.rundir import RunSpec
 from ..trainer.settings import RlSettings
 from .policy import stream_policy
 
@@ -14,6 +15,7 @@ class StreamPool(SamplePool):
     """Entries are groups, `id` their ordinal, `started` the version of their oldest token, `key` by
     `policy.priority`."""
 
+    run: RunSpec
     rl: RlSettings
     """Says what is trained next: batch, staleness bound, completion ratio."""
 
@@ -23,6 +25,10 @@ class StreamPool(SamplePool):
                 f"capacity must hold a batch: at least {self.rl.groups_per_step} groups, got {self.capacity}; "
                 "raise it, or make the batch smaller"
             )
+
+    def journal_path(self) -> str:
+        """In the run's directory, unless `journal` says otherwise."""
+        return self.journal or str(self.run.path / "journal" / "pool")
 
     def policy(self) -> Policy:
         """See StreamPolicy."""
