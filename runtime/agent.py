@@ -12,11 +12,13 @@ import asyncio
 import ctypes
 import faulthandler
 import importlib
+import importlib.util
 import os
 import signal
 import sys
 import traceback
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 from .actor import Actor, message
@@ -32,6 +34,7 @@ CANCEL_S = 1.0
 """Time that a cancelled actor may take to end; what is stuck in a thread ends with the process."""
 
 _PR_SET_PDEATHSIG = 1
+_PROGRAM = "headrace_program"
 
 
 def interface_of(actor: type[Actor]) -> dict[str, Any]:
@@ -163,12 +166,42 @@ class NodeAgent(Actor):
         return self._node
 
 
-def load_actor(class_path: str) -> type[Actor]:
-    """The class at `module:Class`. The path comes from the root's own configuration, never from an actor's message."""
-    module, _, name = class_path.partition(":")
-    loaded = getattr(importlib.import_module(module), name)
-    assert isinstance(loaded, type) and issubclass(loaded, Actor), class_path
+def class_path(kind: type[Actor], *, here: bool) -> str:
+    """`module:Class`, or `file.py:Class` for a class of the program itself; `here` says that this process will load it.
+
+    Raises ValueError if the loading process could not find it.
+    """
+    module, name = kind.__module__, kind.__qualname__
+    if module == "__main__" and not here:
+        module = getattr(sys.modules["__main__"], "__file__", None) or ""
+        module = os.path.abspath(module) if module.endswith(".py") else ""
+    if not module or "." in name:
+        raise ValueError(
+            f"{kind.__module__}.{name} can't be found by the process of a node: "
+            "define actor classes at the top level of a file or module"
+        )
+    return f"{module}:{name}"
+
+
+def load_actor(path: str) -> type[Actor]:
+    """The class at `class_path`. The path comes from the root's own configuration, never from an actor's message."""
+    module, _, name = path.rpartition(":")
+    loaded = getattr(_load_program(module) if module.endswith(".py") else importlib.import_module(module), name)
+    assert isinstance(loaded, type) and issubclass(loaded, Actor), path
     return loaded
+
+
+def _load_program(file: str) -> ModuleType:
+    """The program that was started, as a module here; what is under its `__name__ == "__main__"` does not run again."""
+    main = sys.modules["__main__"]
+    if os.path.abspath(getattr(main, "__file__", None) or "") == file:
+        return main
+    if _PROGRAM not in sys.modules:
+        spec = importlib.util.spec_from_file_location(_PROGRAM, file)
+        assert spec is not None and spec.loader is not None, file
+        module = sys.modules[_PROGRAM] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[_PROGRAM]
 
 
 def agent_status(key: str, state: Any = "up") -> Status:

@@ -164,13 +164,21 @@ class Nodes:
 
     async def _stop(self, hosted: HostedNode, process: NodeProcess, patience_s: float) -> None:
         if hosted.ready and not process.exited.done():
+            asking = asyncio.ensure_future(self._root.ref(f"$node@{hosted.name}").shutdown())
+            # It may die before it answers, and nobody else would tell.
+            ends: list[asyncio.Future[Any]] = [asking, process.exited]
             try:
                 async with asyncio.timeout(patience_s):
-                    await self._root.ref(f"$node@{hosted.name}").shutdown()
-                    await asyncio.shield(process.exited)
+                    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                    if not process.exited.done():
+                        await asking
+                        await asyncio.shield(process.exited)
             except (RuntimeFault, TimeoutError) as error:
                 reason = str(error) or f"it had not ended after {patience_s:g} s"
                 self._events.write("node_stop_late", node=hosted.name, reason=reason)
+            finally:
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
         for number in (signal.SIGTERM, signal.SIGKILL):
             if process.exited.done():
                 return

@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .actor import Actor, message
-from .agent import NodeAgent, agent_status, interface_of
+from .agent import NodeAgent, agent_status, class_path, interface_of
 from .codec import dumps
 from .deadline import timeout
 from .directory import Status
@@ -175,12 +175,7 @@ class System:
             raise ValueError(f"an actor named {name!r} is running; names are unique")
         _check_name("actor", name, "_/")
         _check_name("node", node, "_-")
-        kind = type(actor)
-        if "." in kind.__qualname__ or (node != ROOT and kind.__module__ == "__main__"):
-            raise ValueError(
-                f"{kind.__module__}.{kind.__qualname__} can't be found by the process of node {node!r}: "
-                "define actor classes at the top level of a module that can be imported"
-            )
+        class_path(type(actor), here=node == ROOT)  # Refuses at once what no process could load.
         budget = RestartBudget(name, policy or RestartPolicy(), self._seed)
         # A name that was in use goes on counting: nothing of the earlier actor may be taken for the new one's.
         last = self.node.directory.last_incarnation(name)
@@ -266,7 +261,7 @@ class System:
         child.incarnation += 1
         self._set_status(child, "starting", "")
         kind = type(child.actor)
-        path = f"{kind.__module__}:{kind.__qualname__}"
+        path = class_path(kind, here=child.node == ROOT)
         fields = {f.name: getattr(child.actor, f.name) for f in dataclasses.fields(child.actor) if f.init}  # type: ignore[arg-type]
         agent = self.find(f"$node@{child.node}")
         async with timeout(child.budget.policy.start_s):

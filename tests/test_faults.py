@@ -103,6 +103,7 @@ def test_a_verifier_that_errs_costs_only_the_groups_that_it_can_not_judge(tmp_pa
     assert "Traceback" not in job.output + job.errors
 
 
+@pytest.mark.slow
 def test_an_actor_that_can_not_start_ends_the_run_with_a_line(tmp_path: Path) -> None:
     with launch(tmp_path, cluster=cluster_with(tmp_path, "verifier", "NeverStarts")) as job:
         assert job.finish() == 1

@@ -26,7 +26,8 @@ class Reward(Actor):
     def __post_init__(self) -> None:
         if self.overlong_cache > self.rl.max_new_tokens:
             raise ValueError(
-                f"overlong_cache must be at most [rl] max_new_tokens ({self.rl.max_new_tokens}), got {self.overlong_cache}"
+                f"overlong_cache must be at most [rl] max_new_tokens ({self.rl.max_new_tokens}), "
+                f"got {self.overlong_cache}; it is a part of the budget"
             )
 
     @message(concurrent=True, deadline_s=30.0)
