@@ -79,6 +79,7 @@ class Controller(Actor):
         if self.state.adaptation:
             self.adaptation.load_state(self.state.adaptation)
         self.telemetry = Telemetry(self.run.path, self.state.stage, self.state.step, self.state.telemetry)
+        self.telemetry.begin(self.sft.steps if self.state.stage == "sft" else self.rl.steps)
         self._rollout_holds = NOTHING
         if self._pool_state is not None:
             self.log("resumed", stage=self.state.stage, step=self.state.step)

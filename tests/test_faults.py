@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,17 @@ def test_workers_may_be_killed_in_the_warm_up_and_while_it_is_measured(tmp_path:
         ended_well(job, 6, "rollout", "trainer", "verifier")
     assert [row["step"] for row in job.rows("sft")] == list(range(20, 201, 20))
     assert [(e["stage"], e["n"]) for e in job.summary["evaluation"]] == [("sft", 512), ("rl", 512)]
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_as_the_run_ends_do_not_hold_it_up(tmp_path: Path) -> None:
+    with launch(tmp_path) as job:
+        job.wait_for_event("checkpoint", folder="done-000006")
+        with suppress(ProcessLookupError):
+            job.kill("rollout", "verifier", "trainer")
+        assert job.finish() == 0, job.errors
+    assert job.summary["ok"] and job.events("node_stop_late") == []
+    assert job.left_behind() == []
 
 
 def trained(job: Launch) -> int:
