@@ -44,6 +44,9 @@ COMMAND = "bin/bench"
 PACKAGES = ("headrace", "torch", "numpy", "pyzmq", "msgpack", "uvloop", "orjson", "safetensors", "cupy-cuda13x")
 """Those whose versions are written beside the figures, if they are installed."""
 
+BUSY = 0.5
+"""Load average per core from which figures are not to be trusted."""
+
 Figures = Mapping[str, float | None]
 Say = Callable[[str], None]
 
@@ -77,8 +80,6 @@ def bench_main(arguments: Sequence[str], folder: Path = FOLDER) -> int:
         benchmark = load(name, folder)
         options = _parse(name, benchmark, rest)
         began, machine = time.monotonic(), describe_machine()
-        if machine["load_average"][0] > machine["cores"] / 2:
-            _say(began, f"the machine is busy (load average {machine['load_average'][0]:.1f}): times will be too long")
         figures = dict(benchmark.measure(options, lambda text: _say(began, text)))
         result = report(figures, benchmark.BARS, machine=machine, seconds=time.monotonic() - began)
         _print_table(name, result)
@@ -174,7 +175,7 @@ def shown(name: str, value: float | None) -> str:
         return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
     if name.endswith("_us"):
         return f"{value:.1f} us"
-    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
 
 
 def _parse(name: str, benchmark: ModuleType, arguments: Sequence[str]) -> argparse.Namespace:
@@ -226,6 +227,10 @@ def _print_table(name: str, result: Mapping[str, Any]) -> None:
         f"{', ' + machine['gpu'] if machine['gpu'] else ''}; commit {result['commit'][:12]}, {result['date']}",
         soft_wrap=True,
     )
+    if machine["load_average"][0] > machine["cores"] * BUSY:
+        console.print(
+            f"others kept it busy before the start (load average {machine['load_average'][0]}): measure again"
+        )
 
 
 def _cpu_model() -> str:

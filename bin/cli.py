@@ -67,6 +67,10 @@ def launch_main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"the run can't go on: {where}{error.strerror or error}; make room, or set TMPDIR", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was started", file=sys.stderr)
         return 130

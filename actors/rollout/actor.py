@@ -28,7 +28,7 @@ from .requests import Chunk, Request
 if TYPE_CHECKING:
     from .engine import Engine
 
-STEPS_PER_TURN = 4
+STEPS_PER_TURN = 8
 """Decode steps between two looks at what was asked for."""
 
 TURNS_AHEAD = 2

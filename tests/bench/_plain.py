@@ -161,7 +161,8 @@ def train_loop(work: Work) -> Measure:
         ratio = (logprobs - batch.behaviour).exp()
         clipped = ratio.clamp(1 - rl.clip_low, 1 + rl.clip_high)
         loss = -torch.minimum(ratio * batch.advantage, clipped * batch.advantage).sum() / num_tokens
-        return loss + rl.aux_weight * out.aux_loss * (len(batch.tokens) / num_inputs)
+        aux_loss: torch.Tensor = rl.aux_weight * out.aux_loss * (len(batch.tokens) / num_inputs)
+        return loss + aux_loss
 
     def measure() -> tuple[int, float]:
         batches = next(updates)

@@ -1,7 +1,7 @@
 """The default job as a user starts it: what it learns, what it takes, and how near its actors come to plain loops.
 
 For each seed one `headrace launch cluster.toml`, timed from the start of its process to its end. Figures without a seed
-in their name are over all seeds, the worst where there is a bar.
+in their name are over all seeds: the worst of what was learned and of what it took, the median of the others.
 
 sampler_ratio   tokens per second of the rollout worker while it has something to generate, prefill, sampling and
                 bookkeeping included, over bare decode steps of the same weights with as many live sequences of the
@@ -27,8 +27,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,8 +75,6 @@ JOB_S = 1800.0
 """A job that takes longer is killed."""
 REPEATS = 5
 """Of what takes a moment: `check_s`, `actor_up_s`."""
-PLAIN_S = 5.0
-"""Length of one measurement of a plain loop."""
 SKIPPED_ROWS = 3
 """First RL steps, in which the stream fills. Of the others the second half counts: the plain loops have its lengths."""
 REPEATED_STEPS = 20
@@ -84,25 +82,40 @@ REPEATED_STEPS = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0..N-1 (default 3)")
+    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs seeds 0..N-1 (default 3)")
     parser.add_argument("--cluster", default=str(ROOT / "cluster.toml"), help="cluster file (default: cluster.toml)")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="as in bin/launch")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs there (default: a temporary folder)")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="measure each plain loop for S (default 5)"
+    )
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep the runs there (default: only failed ones are kept)"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def measure(options: argparse.Namespace, say: Say) -> Figures:
     """All figures, the barred ones first. Raises ConfigError if the job is not valid."""
     job = load_job(options.cluster, options.set)
-    with _folder(options.keep) as folder:
-        bench = _Bench(options.cluster, options.set, folder, say)
-        seeds = [bench.seed(seed) for seed in range(options.seeds)]
-        say("two short warm-ups with the same seed")
-        figures = _over_seeds(seeds)
-        figures["sft_repeat_equal"] = bench.sft_repeat_equal()
-        say(f"--check and a new actor, {REPEATS} times each")
-        figures["check_s"] = bench.check_s()
-        figures["actor_up_s"] = actor_up_s(job)
-    for seed, own in enumerate(seeds):
+    folder = (options.keep or Path(tempfile.mkdtemp(prefix="headrace-bench-"))).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = _Bench(options.cluster, options.set, options.seconds, folder, say)
+    seeds = [bench.seed(seed) for seed in range(options.seeds)]
+    say("two short warm-ups with the same seed")
+    figures = _over_seeds(seeds)
+    figures["sft_repeat_equal"] = bench.sft_repeat_equal()
+    say(f"--check and a new actor, {REPEATS} times each")
+    figures["check_s"] = bench.check_s()
+    figures["actor_up_s"] = actor_up_s(job)
+    if options.keep is None and not bench.failed:
+        shutil.rmtree(folder)
+    for seed, own in enumerate(seeds if len(seeds) > 1 else ()):
         figures |= {f"seed_{seed}_{name}": value for name, value in own.items()}
     return {name: figures.get(name) for name in dict.fromkeys([*(bar.name for bar in BARS), *figures])}
 
@@ -121,8 +134,10 @@ class _Run:
 class _Bench:
     """Starts the jobs of one call of this benchmark, in `folder`."""
 
-    def __init__(self, cluster: str, overrides: Sequence[str], folder: Path, say: Say) -> None:
-        self.cluster, self.overrides, self.folder, self.say = cluster, overrides, folder, say
+    def __init__(self, cluster: str, overrides: Sequence[str], plain_s: float, folder: Path, say: Say) -> None:
+        self.cluster, self.overrides, self.plain_s = cluster, overrides, plain_s
+        self.folder, self.say = folder, say
+        self.failed = False
 
     def seed(self, seed: int) -> dict[str, float]:
         """Figures of one job, those that it came to."""
@@ -132,7 +147,7 @@ class _Bench:
         self.say(f"seed-{seed}: finished in {run.wall_s:.0f} s; now plain loops over its work")
         figures = {"finished_ratio": 1.0, **_outcome(run)}
         if rows := late_rows(run.path):
-            figures |= _rates(rows, plain_rates(run.path, _median(rows, "decode_batch_mean")))
+            figures |= _rates(rows, plain_rates(run.path, _median(rows, "decode_batch_mean"), self.plain_s))
         return figures
 
     def launch(self, name: str, *overrides: str, tell: bool = False) -> _Run:
@@ -154,7 +169,7 @@ class _Bench:
                 assert process.stdout is not None
                 for line in process.stdout:
                     output.write(line)
-                    if tell and ("evaluation after" in line or "restart" in line):
+                    if tell and ("evaluation after" in line or ": exit" in line):
                         self.say(f"{name}: {' '.join(line.split())}")
                 code = process.wait()
             finally:
@@ -162,7 +177,8 @@ class _Bench:
                 process.kill()  # Does nothing once it has ended; its nodes die with it.
         run = _Run(self.folder / name, code == 0, began, time.perf_counter() - started)
         if not run.ok:
-            self.say(f"{name}: failed (exit code {code}): {_last_lines(log)}")
+            self.failed = True
+            self.say(f"{name}: failed with exit code {code}, see {log}: {_last_lines(log)}")
         return run
 
     def sft_repeat_equal(self) -> int | None:
@@ -171,8 +187,8 @@ class _Bench:
         runs = [self.launch(f"repeat-{which}", *short) for which in "ab"]
         if not all(run.ok for run in runs):
             return None
-        files = [_checkpoint(run.path) / "model.safetensors" for run in runs]
-        return int(filecmp.cmp(*files, shallow=False))
+        first, second = (_checkpoint(run.path) / "model.safetensors" for run in runs)
+        return int(filecmp.cmp(first, second, shallow=False))
 
     def check_s(self) -> float:
         """`bin/launch --check` from start to end. Raises BenchmarkError if it fails."""
@@ -194,8 +210,8 @@ def late_rows(run: Path) -> list[Row]:
     return rows[len(rows) // 2 :]
 
 
-def plain_rates(run: Path, rows: float) -> dict[str, float]:
-    """Tokens per second of the plain loops over the work of `run`: side by side, and each alone."""
+def plain_rates(run: Path, rows: float, seconds: float) -> dict[str, float]:
+    """Tokens per second of the plain loops over the work of `run`: side by side, and each alone, for `seconds` each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     script = [sys.executable, "-P", str(Path(__file__).with_name("_plain.py"))]
     loops = {"decode": ["decode", str(run), str(max(1, round(rows)))], "train": ["train", str(run)]}
@@ -212,7 +228,7 @@ def plain_rates(run: Path, rows: float) -> dict[str, float]:
         rates = {}
         for together in (["decode", "train"], ["decode"], ["train"]):
             for loop in together:
-                _write(processes[loop], f"{PLAIN_S}\n")
+                _write(processes[loop], f"{seconds}\n")
             for loop in together:
                 where = "shared" if len(together) > 1 else "alone"
                 rates[f"{loop}_{where}"] = float(json.loads(_read(processes[loop]))["tokens_per_s"])
@@ -326,15 +342,3 @@ def _read(process: subprocess.Popen[str]) -> str:
     if not line:
         raise BenchmarkError(f"{' '.join(map(str, process.args))} ended early; run it by hand to see why")  # type: ignore[arg-type]
     return line
-
-
-@contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
-    """Where the runs are; a temporary one is removed unless something went wrong."""
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        yield keep.resolve()
-        return
-    folder = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
-    yield folder
-    shutil.rmtree(folder)
