@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .evaluator import Evaluation
+from .evaluator.actor import CANDIDATES
 from .report import MetricsWriter, Row, rewind_metrics
 from .types import Group
 
@@ -169,14 +170,17 @@ class Telemetry:
         }  # fmt: skip
 
     def samples(self) -> list[dict[str, Any]]:
-        """Greedy answers to the same problems after SFT and after RL."""
+        """Greedy answers to the same problems after SFT and RL: of each CANDIDATES the first that SFT left wrong."""
+        pairs = list(zip(self._samples.get("sft", []), self._samples.get("rl", []), strict=False))
+        parts = [pairs[i : i + CANDIDATES] for i in range(0, len(pairs), CANDIDATES)]
+        chosen = [next((pair for pair in part if not pair[0]["correct"]), part[0]) for part in parts]
         return [
             {
                 "prompt": before["prompt"], "solution": before["solution"],
                 "before": before["response"], "before_correct": before["correct"],
                 "after": after["response"], "after_correct": after["correct"],
             }
-            for before, after in zip(self._samples.get("sft", []), self._samples.get("rl", []), strict=False)
+            for before, after in chosen
         ]  # fmt: skip
 
     def finish(self, reason: str = "") -> None:

@@ -38,7 +38,10 @@ def final_report(summary: Mapping[str, Any], run: Path, *, console: Console | No
         console.print(accuracy_table(before, after))
     if summary["samples"]:
         console.print()
-        console.print("The most likely answer before and after; its first wrong step is in [ ]", style="bold")
+        console.print(
+            "Greedy answers to problems that the warm-up left wrong; the first wrong step is in [ ]",
+            style="bold",
+        )
         for sample in summary["samples"]:
             console.print()
             console.print(_side_by_side(sample))

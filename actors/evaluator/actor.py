@@ -21,6 +21,9 @@ from .settings import EvaluationSettings
 
 PROBLEMS_PER_STREAM = 64
 
+CANDIDATES = 8
+"""Samples that are kept for each one that will be shown."""
+
 
 @wire
 @dataclass(kw_only=True, slots=True)
@@ -53,7 +56,7 @@ class Evaluation:
     by_size: dict[int, tuple[int, float, float]] = field(default_factory=dict)
     """Problem size -> (problems, pass@1, greedy)."""
     samples: list[Sample] = field(default_factory=list)
-    """Greedy answers to the first problems of each difficulty third."""
+    """Greedy answers to problems of all sizes, easy ones first; CANDIDATES for each that will be shown."""
 
 
 @dataclass(kw_only=True)
@@ -115,8 +118,8 @@ class Evaluator(Actor):
 
     def _samples(self, groups: list[Group]) -> list[Sample]:
         by_difficulty = sorted(groups, key=lambda group: group.prompt.size)
-        shown = min(self.evaluation.num_shown, len(groups))
-        chosen = [by_difficulty[(2 * i + 1) * len(groups) // (2 * shown)] for i in range(shown)]
+        count = min(CANDIDATES * self.evaluation.num_shown, len(groups))
+        chosen = [by_difficulty[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]
         return [
             Sample(
                 ordinal=group.prompt.ordinal,
