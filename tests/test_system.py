@@ -159,7 +159,7 @@ async def test_spawning_refuses_what_can_not_work(system):
     class Local(Actor):
         pass
 
-    with pytest.raises(ValueError, match="define actor classes at the top level of a module"):
+    with pytest.raises(ValueError, match="define actor classes at the top level of a file or module"):
         await system.spawn(Local(), name="local", node="one")
     with pytest.raises(CodecError, match="object"):
         await system.spawn(Echo(prefix=object()), name="bad")  # type: ignore[arg-type]
