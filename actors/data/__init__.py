@@ -1,0 +1,1 @@
+"""Tasks: problems, demonstrations, and which problems to ask. No torch."""

@@ -1,0 +1,1 @@
+"""The model: training forward, cached decoding, files. Importing this package imports no torch."""
