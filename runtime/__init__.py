@@ -5,7 +5,8 @@
     system.py     the root: actors, restarts                           supervisor.py restart or give up
     nodes.py      the root's node processes                            launcher.py   processes, pidfd
     node.py       one process: sends, delivers, answers                transport.py  ZeroMQ sockets
-    waits.py      who waits for whom                                   codec.py      what may travel
+    frame.py      envelopes that travel together                       codec.py      what may travel
+    waits.py      who waits for whom                                   process.py    what runs in a node's process
     pool.py       leased priority queue with a journal                 exchange.py   weights by shared memory
 
 It knows nothing of models, rewards or training, and imports no torch.

@@ -1,29 +1,19 @@
-"""The process of a node: `python -m headrace.runtime.agent`, and the `$node` actor through which the root runs it.
+"""The `$node` actor, through which the root runs a node: spawns and stops its actors, tells it of the others.
 
-    read spec from stdin -> die with the launcher -> bind -> hello to the root -> spawn / stop actors -> shutdown
-
-Started by launcher.py only. Imports an actor's module when it is told to spawn it, so that a node without torch actors
-is up in a fraction of a second. Decides nothing: a failed actor is reported to the root, whose supervisor decides.
+Imports an actor's module when it is told to spawn it. Decides nothing: a failed actor is reported to the root, whose
+supervisor decides.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import faulthandler
-import importlib
-import importlib.util
-import os
-import signal
-import sys
-import traceback
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 from .actor import Actor, message
 from .cell import STOP_S, Cell
-from .codec import decode, encode, loads
+from .classes import load_actor
+from .codec import loads
 from .deadline import unlimited
 from .directory import Status
 from .mailbox import Lane
@@ -32,9 +22,6 @@ from .protocol import pack_error, window_of
 
 CANCEL_S = 1.0
 """Time that a cancelled actor may take to end; what is stuck in a thread ends with the process."""
-
-_PR_SET_PDEATHSIG = 1
-_PROGRAM = "headrace_program"
 
 
 def interface_of(actor: type[Actor]) -> dict[str, Any]:
@@ -166,98 +153,7 @@ class NodeAgent(Actor):
         return self._node
 
 
-def class_path(kind: type[Actor], *, here: bool) -> str:
-    """`module:Class`, or `file.py:Class` for a class of the program itself; `here` says that this process will load it.
-
-    Raises ValueError if the loading process could not find it.
-    """
-    module, name = kind.__module__, kind.__qualname__
-    if module == "__main__" and not here:
-        module = getattr(sys.modules["__main__"], "__file__", None) or ""
-        module = os.path.abspath(module) if module.endswith(".py") else ""
-    if not module or "." in name:
-        raise ValueError(
-            f"{kind.__module__}.{name} can't be found by the process of a node: "
-            "define actor classes at the top level of a file or module"
-        )
-    return f"{module}:{name}"
-
-
-def load_actor(path: str) -> type[Actor]:
-    """The class at `class_path`. The path comes from the root's own configuration, never from an actor's message."""
-    module, _, name = path.rpartition(":")
-    loaded = getattr(_load_program(module) if module.endswith(".py") else importlib.import_module(module), name)
-    assert isinstance(loaded, type) and issubclass(loaded, Actor), path
-    return loaded
-
-
-def _load_program(file: str) -> ModuleType:
-    """The program that was started, as a module here; what is under its `__name__ == "__main__"` does not run again."""
-    main = sys.modules["__main__"]
-    if os.path.abspath(getattr(main, "__file__", None) or "") == file:
-        return main
-    if _PROGRAM not in sys.modules:
-        spec = importlib.util.spec_from_file_location(_PROGRAM, file)
-        assert spec is not None and spec.loader is not None, file
-        module = sys.modules[_PROGRAM] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[_PROGRAM]
-
-
 def agent_status(key: str, state: Any = "up") -> Status:
     """The directory entry of a node's agent."""
     name, _, incarnation = key.partition("#")
     return Status(name=f"$node@{name}", node=key, state=state, incarnation=int(incarnation), **interface_of(NodeAgent))
-
-
-async def serve(spec: dict[str, Any]) -> None:
-    """Runs a node until the root tells it to shut down."""
-    node = Node(spec["key"], spec["address"])
-    agent = NodeAgent()
-    await agent.host(node, agent, f"$node@{spec['name']}", spec["incarnation"]).up
-    node.transport.connect(spec["root_key"], spec["root_address"])
-    for status in spec["statuses"]:
-        node.directory.update(status)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, agent.end, None)
-    node.cast("$root", "hello", (spec["key"], os.getpid()), {})
-    await agent.done
-    await node.close()
-
-
-def die_with(parent: int) -> None:
-    """Has the kernel kill this process when its launcher ends, however that happens."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def main() -> None:
-    spec = decode(sys.stdin.buffer.read())
-    die_with(spec["parent"])
-    faulthandler.enable()
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # What was printed before a kill is kept.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.path[:0] = [p for p in spec["path"] if p not in sys.path]
-    import uvloop
-
-    loop = uvloop.new_event_loop()
-    asyncio.set_event_loop(loop)
-    code = 1
-    try:
-        loop.run_until_complete(serve(spec))
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        # Threads that still compute, and tasks that don't let themselves be cancelled, must not hold up the exit.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def pack_spec(**spec: Any) -> bytes:
-    """The spec that `main` reads."""
-    data, buffers = encode(spec)
-    assert not buffers
-    return data

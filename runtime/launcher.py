@@ -1,7 +1,7 @@
 """Starts node processes on this host and reports their exit. Knows nothing of actors or messages.
 
 A node gets its spec on standard input, an own session (so that Ctrl-C at the terminal reaches the launcher only), and
-its output goes to the run's logs. It dies with its launcher: see agent.py. Exits are seen by pidfd, in milliseconds.
+its output goes to the run's logs. It dies with its launcher: see process.py. Exits are seen by pidfd, in milliseconds.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class NodeProcess:
 
 
 def start_process(spec: NodeSpec, stdin: bytes, log: Path) -> NodeProcess:
-    """Starts `headrace.runtime.agent.main` in a process of its own with `stdin` as its spec. Raises LaunchError."""
+    """Starts `headrace.runtime.process.main` in a process of its own with `stdin` as its spec. Raises LaunchError."""
     package = __package__ or "headrace.runtime"
-    command = [sys.executable, "-P", "-c", f"from {package}.agent import main; main()"]
+    command = [sys.executable, "-P", "-c", f"from {package}.process import main; main()"]
     env = {**os.environ, "PYTHONSAFEPATH": "1", **spec.env}
     try:
         with log.open("ab") as output:

@@ -20,10 +20,11 @@ from .codec import Buffer, decode, encode
 from .directory import Directory, Status
 from .errors import ActorDied, CodecError, MailboxFull, RuntimeFault
 from .events import EventLog
+from .frame import Envelope
 from .mailbox import CreditWindow, Lane
 from .protocol import REQUESTS, STREAM_WINDOW, Kind, pack_error
 from .ref import Ref
-from .transport import Envelope, Transport
+from .transport import Transport
 from .waits import Pending, Waits
 
 MAX_DEAD_LETTERS = 1000

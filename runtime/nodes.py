@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .agent import agent_status, pack_spec
+from .agent import agent_status
 from .directory import Status
 from .errors import LaunchError, RuntimeFault
 from .events import EventLog
 from .launcher import NodeProcess, NodeSpec, start_process
 from .node import Node
+from .process import pack_spec
 from .transport import check_address
 
 ROOT = "root"

@@ -30,7 +30,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from .actor import Actor, message
-from .agent import NodeAgent, agent_status, class_path, interface_of
+from .agent import NodeAgent, agent_status, interface_of
+from .classes import class_path
 from .codec import dumps
 from .deadline import timeout
 from .directory import Status

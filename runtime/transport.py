@@ -13,25 +13,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import msgpack
 import zmq
 
 from .codec import Buffer
 from .errors import CodecError, LaunchError
-
-Envelope = list[Any]
-"""[kind, id, target, method, lane, incarnation, milliseconds left or None, pack]; see node.py."""
+from .frame import MAX_FRAME_BYTES, ZERO_COPY_BYTES, Envelope, Item, join, next_batch, split
 
 OnEnvelope = Callable[[str, Envelope, list[Buffer]], None]
 OnMalformed = Callable[[str, str], None]
-
-MAX_ENVELOPES_PER_FRAME = 256
-MAX_FRAME_BYTES = 1 << 20
-"""No further envelope joins a frame past it."""
 
 MAX_ENVELOPES_PER_DRAIN = 1000
 """Received before other work of the loop gets its turn."""
@@ -39,7 +31,6 @@ MAX_ENVELOPES_PER_DRAIN = 1000
 MAX_MESSAGE_BYTES = 1 << 31
 """Of one pack or buffer. ZeroMQ cuts the connection of a sender that goes beyond, so it is refused before."""
 
-ZERO_COPY_BYTES = 64 * 1024
 HIGH_WATER_MARK = 4096
 MAX_IPC_PATH_BYTES = 107
 
@@ -47,7 +38,7 @@ MAX_IPC_PATH_BYTES = 107
 @dataclass(slots=True)
 class _Peer:
     socket: zmq.Socket[bytes]
-    queue: deque[tuple[Envelope, list[Buffer]]] = field(default_factory=deque)
+    queue: deque[Item] = field(default_factory=deque)
     flush_scheduled: bool = False
 
 
@@ -136,10 +127,8 @@ class Transport:
         link.flush_scheduled = False
         queue = link.queue
         while queue:
-            batch = _next_batch(queue)
-            frames: list[Buffer] = [msgpack.packb([[*envelope, len(buffers)] for envelope, buffers in batch])]
-            for _, buffers in batch:
-                frames += buffers
+            batch = next_batch(queue)
+            frames = join(batch)
             large = any(len(frame) >= ZERO_COPY_BYTES for frame in frames)
             try:
                 link.socket.send_multipart(frames, zmq.NOBLOCK, copy=not large)
@@ -186,47 +175,3 @@ def check_address(address: str) -> None:
             f"socket path {path} has {len(path.encode())} bytes, ipc allows {MAX_IPC_PATH_BYTES}: "
             "set TMPDIR to a shorter path"
         )
-
-
-def _next_batch(queue: deque[tuple[Envelope, list[Buffer]]]) -> list[tuple[Envelope, list[Buffer]]]:
-    batch, size = [], 0
-    for item in queue:
-        batch.append(item)
-        size += len(item[0][-1])
-        if len(batch) == MAX_ENVELOPES_PER_FRAME or size >= MAX_FRAME_BYTES:
-            break
-    return batch
-
-
-def split(frames: Sequence[memoryview]) -> list[tuple[Envelope, list[Buffer]]]:
-    """The envelopes of one ZeroMQ message, each with its buffers. Raises CodecError, and nothing else."""
-    if not frames:
-        raise CodecError("a message without frames")
-    # Small buffers are copied out: a view would pin the whole ZeroMQ message.
-    buffers: list[Buffer] = [f if len(f) >= ZERO_COPY_BYTES else bytes(f) for f in frames[1:]]
-    try:
-        entries = msgpack.unpackb(frames[0])
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
-        raise CodecError(f"malformed frame: {error}") from None
-    if type(entries) is not list:
-        raise CodecError("a frame holds a list of envelopes")
-    envelopes = []
-    position = 0
-    for entry in entries:
-        if type(entry) is not list or len(entry) != 9:
-            raise CodecError("an envelope has 9 fields")
-        kind, id, target, method, lane, incarnation, left, pack, count = entry
-        if not (
-            type(kind) is type(id) is type(lane) is type(incarnation) is type(count) is int
-            and type(target) is type(method) is str
-            and type(pack) is bytes
-            and (left is None or type(left) is int)
-        ):
-            raise CodecError("an envelope has a field of a wrong type")
-        if not 0 <= count <= len(buffers) - position:
-            raise CodecError(f"an envelope claims {count} of {len(buffers) - position} buffers")
-        envelopes.append((entry[:-1], buffers[position : position + count]))
-        position += count
-    if position != len(buffers):
-        raise CodecError(f"{len(buffers) - position} buffers belong to no envelope")
-    return envelopes

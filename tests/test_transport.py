@@ -15,7 +15,8 @@ from sample_actors import until
 from headrace.runtime import transport as module
 from headrace.runtime.codec import decode, encode
 from headrace.runtime.errors import CodecError, LaunchError
-from headrace.runtime.transport import MAX_ENVELOPES_PER_FRAME, Transport, split
+from headrace.runtime.frame import MAX_ENVELOPES_PER_FRAME, split
+from headrace.runtime.transport import Transport
 
 
 def envelope(id=1, pack=b"\xc0"):
