@@ -5,6 +5,9 @@ buffers beside it, never copied into it:
 
     value -> (pack, [buffer, ...]) -> value
 
+Between two processes of one host the largest arrays may go by shared memory instead: `lend` takes their bytes and gives
+a handle that is packed in their place, `borrow` finds the bytes of a handle again (arena.py).
+
 Allowed: None, bool, int, float, str, bytes, list, tuple, dict, numpy arrays and scalars, and dataclasses marked
 `@wire`. Nothing else, and no pickle: bytes of a hostile peer can build plain values and marked dataclasses only.
 This module knows nothing of sockets, and imports nothing that a message names.
@@ -15,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgpack
@@ -24,9 +27,16 @@ import numpy as np
 from .errors import CodecError
 
 Buffer = bytes | bytearray | memoryview
+Lend = Callable[[memoryview], bytes | None]
+"""Takes the bytes of an array; None: they shall travel as a buffer."""
+Borrow = Callable[[bytes], memoryview]
+"""The bytes behind a handle. Raises CodecError."""
 
 OUT_OF_BAND_BYTES = 512
 """Arrays at least this large travel as their own buffer."""
+
+LEND_BYTES = 256 * 1024
+"""Arrays at least this large are offered to `lend`."""
 
 MAX_DEPTH = 64
 """Nesting of tuples and dataclasses that is still read."""
@@ -34,7 +44,7 @@ MAX_DEPTH = 64
 _PACK_BYTES = 1024
 """First size of a packing buffer; msgpack's own, 256 KiB, costs more than the packing."""
 
-_ARRAY, _DATACLASS, _TUPLE, _SCALAR = 1, 2, 3, 4
+_ARRAY, _DATACLASS, _TUPLE, _SCALAR, _LENT = 1, 2, 3, 4, 5
 _DTYPES = frozenset("|b1 |u1 |i1 <u2 <i2 <u4 <i4 <u8 <i8 <f2 <f4 <f8".split())
 _MALFORMED = (ValueError, TypeError, OverflowError, RecursionError, msgpack.exceptions.UnpackException)
 
@@ -57,7 +67,7 @@ def wire(cls: type[T]) -> type[T]:
     return cls
 
 
-def encode(value: object) -> tuple[bytes, list[Buffer]]:
+def encode(value: object, lend: Lend | None = None) -> tuple[bytes, list[Buffer]]:
     """Packs `value`; returns the pack and the buffers that travel beside it, in order.
 
     Raises CodecError naming the path of what can't travel. Arrays must not be changed until they are sent.
@@ -79,7 +89,7 @@ def encode(value: object) -> tuple[bytes, list[Buffer]]:
                     attempt(getattr(item, field), f"{type(item).__name__}.{field}: ")
                 raise
         if isinstance(item, np.ndarray):
-            return msgpack.ExtType(_ARRAY, _pack_array(item, buffers))
+            return _pack_array(item, buffers, lend)
         if isinstance(item, tuple):
             return msgpack.ExtType(_TUPLE, pack(list(item)))
         if isinstance(item, np.generic) and item.dtype.str in _DTYPES:
@@ -104,8 +114,8 @@ def encode(value: object) -> tuple[bytes, list[Buffer]]:
     return attempt(value, ""), buffers
 
 
-def decode(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
-    """Builds the value of `encode`. Arrays share memory with `buffers` and are read-only.
+def decode(data: Buffer, buffers: Sequence[Buffer] = (), borrow: Borrow | None = None) -> Any:
+    """Builds the value of `encode`. Arrays share memory with `buffers`, or what was lent, and are read-only.
 
     Raises CodecError for anything that `encode` did not write: truncated, unknown types, bad shapes.
     """
@@ -122,6 +132,8 @@ def decode(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
                 raise CodecError(f"message nested deeper than {MAX_DEPTH}")
             if code == _ARRAY:
                 return _unpack_array(payload, buffers)
+            if code == _LENT and borrow is not None:
+                return _unpack_lent(payload, borrow)
             if code == _TUPLE:
                 return tuple(unpack(payload))
             if code == _SCALAR:
@@ -155,27 +167,43 @@ def loads(data: bytes) -> Any:
     return decode(pack, buffers)
 
 
-def _pack_array(array: np.ndarray, buffers: list[Buffer]) -> bytes:
+def _pack_array(array: np.ndarray, buffers: list[Buffer], lend: Lend | None) -> msgpack.ExtType:
     dtype = array.dtype.str
     if dtype not in _DTYPES:
         raise CodecError(f"arrays of dtype {array.dtype} can't travel; allowed: {', '.join(sorted(_DTYPES))}")
     array = np.ascontiguousarray(array) if not array.flags.c_contiguous else array
+    code, data = _ARRAY, None
     if array.nbytes < OUT_OF_BAND_BYTES:
-        return bytes(msgpack.packb([dtype, list(array.shape), array.tobytes()], buf_size=_PACK_BYTES))
-    buffers.append(array.data.cast("B"))
-    return bytes(msgpack.packb([dtype, list(array.shape), len(buffers) - 1], buf_size=_PACK_BYTES))
+        data = array.tobytes()
+    elif lend is not None and array.nbytes >= LEND_BYTES:
+        code, data = _LENT, lend(array.data.cast("B"))
+    if data is None:
+        buffers.append(array.data.cast("B"))
+        code, data = _ARRAY, len(buffers) - 1
+    return msgpack.ExtType(code, msgpack.packb([dtype, list(array.shape), data], buf_size=_PACK_BYTES))
 
 
 def _unpack_array(payload: bytes, buffers: Sequence[Buffer]) -> np.ndarray:
     dtype, shape, data = msgpack.unpackb(payload)
-    if dtype not in _DTYPES:
-        raise CodecError(f"array dtype {dtype!r} is not allowed")
-    if any(type(n) is not int or n < 0 for n in shape):
-        raise CodecError(f"array shape {shape!r} is not allowed")
     if type(data) is int:
         if not 0 <= data < len(buffers):
             raise CodecError(f"buffer {data} of {len(buffers)} is missing")
         data = buffers[data]
+    return _array_of(dtype, shape, data)
+
+
+def _unpack_lent(payload: bytes, borrow: Borrow) -> np.ndarray:
+    dtype, shape, handle = msgpack.unpackb(payload)
+    if type(handle) is not bytes:
+        raise CodecError("a handle of lent memory is bytes")
+    return _array_of(dtype, shape, borrow(handle))
+
+
+def _array_of(dtype: str, shape: list[int], data: Buffer) -> np.ndarray:
+    if dtype not in _DTYPES:
+        raise CodecError(f"array dtype {dtype!r} is not allowed")
+    if any(type(n) is not int or n < 0 for n in shape):
+        raise CodecError(f"array shape {shape!r} is not allowed")
     itemsize = np.dtype(dtype).itemsize
     if memoryview(data).nbytes != itemsize * math.prod(shape):
         raise CodecError(f"array of {dtype} {shape} has {memoryview(data).nbytes} bytes")
