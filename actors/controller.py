@@ -1,4 +1,4 @@
-"""The whole algorithm on one page: warm up by imitation, then stream reinforcement learning.
+"""The whole algorithm in one file: warm up by imitation, then stream reinforcement learning.
 
     prompts -> rollout (newest version) -> verifier -> reward -> sample pool -> trainer
        ^          ^   partial answers go on, whatever died     |                  |
@@ -248,13 +248,13 @@ class Controller(Actor):
     async def _judge(self, group: Group) -> str:
         """Verdicts, then rewards. Returns "kind: why" if the group fails: an error is never a zero reward."""
         try:
-            verdicts = await patiently(lambda: self.verifier.judge(group))
+            verdicts = await patiently(lambda: self.verifier.judge(group.as_read()))
             for trajectory, verdict in zip(group.trajectories, verdicts, strict=True):
                 trajectory.verdict = verdict
             group.trajectories = [t for t in group.trajectories if t.verdict is not None and not t.verdict.error]
             if len(group.trajectories) < self.rl.min_group_size:
                 return f"too few verdicts: {verdicts[0].error}"
-            rewards = await patiently(lambda: self.reward.score(group))
+            rewards = await patiently(lambda: self.reward.score(group.as_read()))
         except RemoteError as error:
             return f"{error.remote_type}: {error.args[0]}"
         except DeadlineExceeded as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -127,6 +127,17 @@ class Group:
     @property
     def num_tokens(self) -> int:
         return sum(t.num_tokens for t in self.trajectories)
+
+    def as_read(self) -> Group:
+        """What judges need to see: the answers in one piece, without behaviour log-probabilities."""
+        none = np.zeros(0, np.float32)
+        return replace(
+            self,
+            trajectories=[
+                replace(t, segments=[Segment(version=t.segments[0].version, tokens=t.tokens(), logprobs=none)])
+                for t in self.trajectories
+            ],
+        )
 
 
 def _join(parts: list[np.ndarray], dtype: type) -> np.ndarray:

@@ -135,7 +135,8 @@ def test_decoding_with_cache_equals_the_full_forward() -> None:
         cache, torch.from_numpy(np.concatenate((texts[0][:7], texts[1][:20]))), [7, 20], torch.tensor([4, 1])
     )
     torch.testing.assert_close(first, torch.stack((full[0][6], full[1][19])), atol=1e-5, rtol=1e-5)
-    cache.copy(4, [0, 3], 7)
+    cache.copy(4, slice(0, 1), 7)
+    cache.copy(4, slice(2, 4), 7)
     for i in range(20):
         tokens = torch.tensor([texts[0][7 + i], texts[1][20 + i], 0, texts[0][7 + i]])
         logits = decoder.step(cache, tokens, torch.tensor([7 + i, 20 + i, 0, 7 + i]))

@@ -38,7 +38,7 @@ class KvCache:
         """[layers, (key, value), slots, G, max_len, D]"""
 
     @torch.inference_mode()
-    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+    def copy(self, source: int, targets: slice, length: int) -> None:
         """Copies the first `length` tokens of slot `source` to every slot of `targets`."""
         self.data[:, :, targets, :, :length] = self.data[:, :, source : source + 1, :, :length]
 

@@ -223,7 +223,7 @@ class Engine:
             taken = slice(first, waiting.num_admitted)
             slots = self._slots.occupy(waiting.request, waiting.indices[taken], prefilled.uniforms[taken])
             self._cache.copy(prefilled.slot, slots, len(waiting.tokens))
-            logits.append(prefilled.logits.expand(len(slots), -1))
+            logits.append(prefilled.logits.expand(slots.stop - slots.start, -1))
             if waiting.num_members == 0:
                 self._waiting.popleft()
         return logits
@@ -272,7 +272,7 @@ class Engine:
     def _free(self, slots: np.ndarray) -> None:
         """`slots`: int64 [n], ascending."""
         for source, target in self._slots.free(slots):
-            self._cache.copy(source, [target], self._slots.num_cached(target))
+            self._cache.copy(source, slice(target, target + 1), self._slots.num_cached(target))
 
     def _forget_prefilled(self) -> None:
         for waiting in self._waiting:

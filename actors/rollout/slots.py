@@ -43,7 +43,7 @@ class Slots:
     def num_free(self) -> int:
         return self.num_slots - self.num_live
 
-    def occupy(self, request: Request, indices: list[int], uniforms: np.ndarray) -> list[int]:
+    def occupy(self, request: Request, indices: list[int], uniforms: np.ndarray) -> slice:
         """Gives the members at `indices` of `request` the next slots, which it returns.
 
         `uniforms`: float64 [members, at least max_new_tokens], random numbers for the positions of each response.
@@ -63,7 +63,7 @@ class Slots:
             for slot, index in zip(range(first, end), indices, strict=True):
                 self._continue(slot, request.prefixes[index])
         self._handed[new] = self._length[new]
-        return list(range(first, end))
+        return new
 
     def _continue(self, slot: int, prefix: np.ndarray) -> None:
         if len(prefix):
@@ -125,18 +125,17 @@ class Slots:
         return int(self._key[slot]), int(self._member[slot]), self._tokens[self._row[slot], : self._length[slot]].copy()
 
     def free(self, slots: np.ndarray) -> list[tuple[int, int]]:
-        """Ends the responses in `slots`, int64 [n].
+        """Ends the responses in `slots`, int64 [n], ascending.
 
         Returns (from, to) of those that moved into the holes: the cache must follow.
         """
         num_left = self.num_live - len(slots)
-        ended = set(slots.tolist())
-        movers = (slot for slot in range(num_left, self.num_live) if slot not in ended)
-        moves = [(mover, hole) for hole, mover in zip(sorted(ended), movers, strict=False)]
-        for mover, hole in moves:
-            freed_row = self._row[hole]
-            for array in self._by_slot:
-                array[hole] = array[mover]
-            self._row[mover] = freed_row
+        tail = np.ones(len(slots), bool)
+        tail[slots[slots >= num_left] - num_left] = False
+        movers, holes = np.flatnonzero(tail) + num_left, slots[slots < num_left]
+        freed_rows = self._row[holes]
+        for array in self._by_slot:
+            array[holes] = array[movers]
+        self._row[movers] = freed_rows
         self.num_live = num_left
-        return moves
+        return list(zip(movers.tolist(), holes.tolist(), strict=True))
