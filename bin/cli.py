@@ -111,7 +111,7 @@ class _Launch:
         from .screen import open_screen
 
         nodes = {name: settings.spec(name) for name, settings in self.job.cluster.nodes.items()}
-        system = System(self.dir.path, nodes=nodes, seed=self.job.run.seed)
+        system = System(self.dir, nodes=nodes, seed=self.job.run.seed)
         self._on_signals(system)
         with open_screen(plain=self.plain) as screen:
             try:

@@ -16,6 +16,7 @@ from typing import Literal
 
 from .codec import wire
 from .errors import ActorDied, UnknownActor, UnknownMessage
+from .exits import Exit
 from .mailbox import Lane
 from .protocol import CALL_WINDOW
 
@@ -31,13 +32,18 @@ class Status:
     state: Literal["starting", "up", "down", "stopped"]
     incarnation: int
     """1 for the first start, one higher at every restart."""
-    reason: str = ""
+    exit: Exit | None = None
     """Why it is down or stopped."""
     class_name: str = ""
     messages: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Lane and default deadline in seconds of each @message."""
     window: int = CALL_WINDOW
     """Messages of one node that may be under way to it."""
+
+    @property
+    def reason(self) -> str:
+        """Why it is down or stopped, in words."""
+        return "" if self.exit is None else self.exit.detail
 
     def message(self, method: str) -> tuple[Lane, float]:
         """How a message to it travels. Raises UnknownMessage, with those it has."""

@@ -63,11 +63,11 @@ def test_a_wait_that_nobody_will_end_is_named():
 
 def test_time_and_turns_are_bounded():
     async def sleeps():
-        while True:
+        while True:  # noqa: ASYNC110
             await asyncio.sleep(1)
 
     async def spins():
-        while True:
+        while True:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
     with pytest.raises(virtual_loop.Stuck, match="not done within 100 virtual seconds"):

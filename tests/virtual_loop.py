@@ -3,10 +3,9 @@
     run(main, seed=7)      main() to its end; the same seed gives the same run, to the last callback
     seed=None              callbacks run in asyncio's own order
 
-What is ready runs in an order that the seed draws: each pair of steps that no await, future or timer puts in order comes
-in both orders under some seed. When nothing is ready and no timer is left, or time is up, nothing will ever happen
-again: `Stuck` says which tasks wait, and where. For code without threads, sockets and processes; knows nothing of
-headrace.
+What is ready runs in an order that the seed draws: two steps that no await, future or timer puts in order come in both
+orders under some seed. When nothing is ready and no timer is left, or time is up, nothing will ever happen again:
+`Stuck` says which tasks wait, and where. For code without threads, sockets and processes; knows nothing of headrace.
 """
 
 from __future__ import annotations
@@ -80,10 +79,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run(
-    main: Callable[[], Coroutine[Any, Any, T]], seed: int | None = None, *, limit_s: float = 1e6, max_turns: int = 10**6
+    main: Callable[[], Coroutine[Any, Any, T]],
+    seed: int | None = None,
+    *,
+    limit_s: float = 1e6,
+    max_turns: int = 10**6,
 ) -> T:
-    """Runs `main()` on a loop of its own. Raises what it raises, Stuck, and AssertionError for what it left behind: tasks,
-    or exceptions that nobody took."""
+    """Runs `main()` on a loop of its own. Raises what it raises, Stuck, and AssertionError for what it left behind:
+    tasks, or exceptions that nobody took."""
     loop = VirtualLoop(seed, limit_s=limit_s, max_turns=max_turns)
     complaints: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: complaints.append(context))
