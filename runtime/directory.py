@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal
+from weakref import WeakSet
 
 from .codec import wire
 from .errors import ActorDied, UnknownActor, UnknownMessage
 from .exits import Exit
 from .mailbox import Lane
 from .protocol import CALL_WINDOW
+
+WATCH_BEHIND = 64
+"""Changes of one actor that a watcher may still have to see."""
 
 
 @wire
@@ -60,6 +65,7 @@ class Directory:
     def __init__(self) -> None:
         self._table: dict[str, Status] = {}
         self._changed = asyncio.Event()
+        self._watchers: dict[str, WeakSet[_Watcher]] = {}
 
     def all(self) -> list[Status]:
         return list(self._table.values())
@@ -70,6 +76,8 @@ class Directory:
         if known is not None and status.incarnation < known.incarnation:
             return
         self._table[status.name] = status
+        for watcher in self._watchers.get(status.name, ()):
+            watcher.see(status)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -100,15 +108,31 @@ class Directory:
             await self._changed.wait()
         return status
 
-    async def watch(self, name: str) -> AsyncIterator[Status]:
-        """The present status, then later ones. Changes that follow each other at once may be seen as one: compare
-        incarnations, not states."""
-        last = None
-        while True:
-            changed = self._changed
-            status = self._table.get(name)
-            if status is not None and status != last:
-                last = status
-                yield status
-            else:
-                await changed.wait()
+    def watch(self, name: str) -> AsyncIterator[Status]:
+        """The present status, then each change. A watcher that is WATCH_BEHIND changes behind misses the oldest."""
+        watcher = _Watcher()
+        if name in self._table:
+            watcher.see(self._table[name])
+        self._watchers.setdefault(name, WeakSet()).add(watcher)
+        return watcher
+
+
+class _Watcher(AsyncIterator[Status]):
+    """What one watcher has still to see. Whoever iterates keeps it alive; the directory does not."""
+
+    def __init__(self) -> None:
+        self._last: Status | None = None
+        self._unseen: deque[Status] = deque(maxlen=WATCH_BEHIND)
+        self._arrived = asyncio.Event()
+
+    def see(self, status: Status) -> None:
+        if status != self._last:
+            self._last = status
+            self._unseen.append(status)
+            self._arrived.set()
+
+    async def __anext__(self) -> Status:
+        while not self._unseen:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._unseen.popleft()

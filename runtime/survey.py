@@ -8,14 +8,16 @@ from typing import Any
 from .deadline import timeout
 from .errors import RuntimeFault
 from .node import Node
+from .nodes import ROOT
 
 Row = dict[str, Any]
 
 
-async def survey(root: Node, names: list[str], what: str, within_s: float) -> list[Row]:
-    """The rows that the agents of these nodes answer to `what`, each with its `node`, or a row with `unanswered`."""
+async def survey(root: Node, own: list[Row], names: list[str], what: str, within_s: float) -> list[Row]:
+    """The root's own rows, and those that the agents of these nodes answer to `what`, each with its `node`; or a row
+    with `unanswered`."""
     answers = await asyncio.gather(*(_ask(root, name, what, within_s) for name in names))
-    return [row for rows in answers for row in rows]
+    return [{"node": ROOT, **row} for row in own] + [row for rows in answers for row in rows]
 
 
 async def drain_nodes(root: Node, names: list[str], patience_s: float) -> bool:

@@ -249,15 +249,18 @@ class System:
 
         A node that does not answer within `within_s` has one row, with `unanswered`: why.
         """
-        return await survey(self.node, self._nodes.names(), "waits", within_s)
+        return await self._survey(self.node.waits.rows(), "waits", within_s)
 
     async def dead_letters(self, *, within_s: float = 1.0) -> list[dict[str, Any]]:
         """The last messages of each node that could not be delivered, and why; silent nodes as in `waits`."""
-        return await survey(self.node, self._nodes.names(), "dead_letters", within_s)
+        return await self._survey(list(self.node.dead_letters), "dead_letters", within_s)
 
     async def counters(self, *, within_s: float = 1.0) -> list[dict[str, Any]]:
         """What was counted in each node, a row each; silent nodes as in `waits`."""
-        return await survey(self.node, self._nodes.names(), "counters", within_s)
+        return await self._survey([dict(self.node.counters)], "counters", within_s)
+
+    async def _survey(self, own: list[dict[str, Any]], what: str, within_s: float) -> list[dict[str, Any]]:
+        return await survey(self.node, own, [name for name in self._nodes.names() if name != ROOT], what, within_s)
 
     # Stopping -----------------------------------------------------------------------------------------------
 

@@ -303,7 +303,7 @@ def test_the_first_restart_is_immediate_and_later_ones_wait():
         for _ in range(4):
             begun = asyncio.get_running_loop().time()
             cluster.crash("a")
-            while "a" not in cluster.running:
+            while "a" not in cluster.running:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             times.append(asyncio.get_running_loop().time() - begun)
         assert times[0] < 0.01

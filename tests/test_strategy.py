@@ -262,7 +262,7 @@ def test_one_failure_restarts_what_the_strategy_says(tree, data):
     """Oracle: the definition, over the tree as it was drawn."""
     world = plant(tree, PLENTY)
     name, home = data.draw(st.sampled_from(tree[1]))
-    strategy = dict((n, s) for n, s, _ in tree[0]).get(home, "one_for_one")
+    strategy = {n: s for n, s, _ in tree[0]}.get(home, "one_for_one")
     entries = list(world.supervisor.groups[home].children)
     at = entries.index(world.supervisor.children[name])
     fate = {"one_for_one": [entries[at]], "one_for_all": entries, "rest_for_one": entries[at:]}[strategy]
