@@ -121,6 +121,13 @@ class Children:
             self._soon()
         return residents
 
+    def waits(self) -> list[dict[str, Any]]:
+        """What the supervisor itself waits for, as Waits.rows says it."""
+        return [
+            {"owner": "supervisor", "target": name, "method": "start", "why": why, "left_s": round(max(left, 0.0), 3)}
+            for name, why, left in self.supervisor.waiting(self._loop.time())
+        ]
+
     def close(self) -> None:
         """Decides nothing any more; whoever waits for a first start is told."""
         self._closed = True

@@ -185,6 +185,17 @@ class Supervisor:
             if undecided and self.error is None:
                 self._members_failed(group, undecided, why, now)
 
+    def waiting(self, now: float) -> list[tuple[str, str, float]]:
+        """Those that shall start and may not yet: name, why not, seconds until it is looked at again."""
+        return [
+            (
+                child.name,
+                "its back-off" if child.due > now else f"its turn in group {child.group.name}",
+                child.due - now,
+            )
+            for child in self._waiting
+        ]
+
     # Decisions ----------------------------------------------------------------------------------------------
 
     def decide(self, now: float) -> list[Action]:

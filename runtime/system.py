@@ -245,11 +245,12 @@ class System:
         return self._nodes.pids()
 
     async def waits(self, *, within_s: float = 1.0) -> list[dict[str, Any]]:
-        """Who waits for whom, for which message, why, since when and until when (seconds from now), in all nodes.
+        """Who waits for whom, for which message, why, since when and until when (seconds from now), in all nodes; also
+        which restarts the supervisor holds back, and why.
 
         A node that does not answer within `within_s` has one row, with `unanswered`: why.
         """
-        return await self._survey(self.node.waits.rows(), "waits", within_s)
+        return await self._survey(self.node.waits.rows() + self._children.waits(), "waits", within_s)
 
     async def dead_letters(self, *, within_s: float = 1.0) -> list[dict[str, Any]]:
         """The last messages of each node that could not be delivered, and why; silent nodes as in `waits`."""

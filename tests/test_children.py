@@ -303,6 +303,9 @@ def test_the_first_restart_is_immediate_and_later_ones_wait():
         for _ in range(4):
             begun = asyncio.get_running_loop().time()
             cluster.crash("a")
+            await asyncio.sleep(0.0001)
+            held = cluster.children.waits()
+            assert [row["why"] for row in held] == ["its back-off"] * bool(times) and len(held) == len(times[:1])
             while "a" not in cluster.running:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             times.append(asyncio.get_running_loop().time() - begun)
