@@ -64,7 +64,8 @@ class Directory:
 
     def __init__(self) -> None:
         self._table: dict[str, Status] = {}
-        self._changed = asyncio.Event()
+        self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}
+        """Those who wait for a change of an actor, in order."""
         self._watchers: dict[str, WeakSet[_Watcher]] = {}
 
     def all(self) -> list[Status]:
@@ -78,8 +79,9 @@ class Directory:
         self._table[status.name] = status
         for watcher in self._watchers.get(status.name, ()):
             watcher.see(status)
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        for future in self._waiting.pop(status.name, ()):
+            if not future.done():
+                future.set_result(None)
 
     def get(self, name: str) -> Status:
         """Raises UnknownActor, with the nearest names."""
@@ -105,7 +107,13 @@ class Directory:
     async def when_up(self, name: str) -> Status:
         """Waits until the actor is up. Raises UnknownActor, ActorDied."""
         while (status := self.ready(name)) is None:
-            await self._changed.wait()
+            changed = asyncio.get_running_loop().create_future()
+            waiting = self._waiting.setdefault(name, {})
+            waiting[changed] = None
+            try:
+                await changed
+            finally:
+                del waiting[changed]
         return status
 
     def watch(self, name: str) -> AsyncIterator[Status]:

@@ -68,10 +68,11 @@ class Hosting:
             reason = "it did not end when it was asked to"
         except (RuntimeFault, TimeoutError) as error:
             ended, reason = False, str(error)
-        if not ended and node.process is not None:
+        if not ended:
             self._events.write("actor_stop_late", actor=member.name, node=member.node, reason=reason)
-            node.process.kill()
-            await asyncio.wait([node.process.exited])
+            if node.process is not None:
+                node.process.kill()
+                await asyncio.wait([node.process.exited])
 
     def tell(self, member: Member, state: Any, why: Exit | None) -> None:
         self._nodes.publish(self.status(member, state, why))

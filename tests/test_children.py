@@ -81,9 +81,11 @@ class Cluster:
         await self.children.spawn(Member(name, Actor(), node, policy, group))
 
     def crash(self, name):
+        """It ends now; the report takes its time."""
         incarnation = self.running.pop(name, None)
         if incarnation is not None:
-            self.children.ended(name, incarnation, CRASH)
+            delay = self.random.uniform(0, self.seconds)
+            asyncio.get_running_loop().call_later(delay, self.children.ended, name, incarnation, CRASH)
 
     def kill(self, node):
         if node in self.nodes:

@@ -143,7 +143,7 @@ def test_what_was_resolved_loads_to_the_same() -> None:
         # tables
         ("[paint]", "[pant]", 'c.toml:11: [pant]: unknown table; did you mean "paint"?'),
         ("[paint]", "[zz]\n[paint]", "c.toml:11: [zz]: unknown table; known are run, nodes, groups, actors, paint"),
-        ("\n[run]", "x = 1\n[run]", "c.toml:1: x: this key belongs into a table; tables are run, nodes, groups, actors, paint"),
+        ("\n[run]", "x = 1\n[run]", "x: this key belongs into a table; tables are run, nodes, groups, actors, paint"),
         ("[paint]", "[x]", "c.toml:11: [x]: unknown table; known are run, nodes, groups, actors, paint"),
         # keys
         ("seed", "sed", 'c.toml:4: [run] sed: unknown key; did you mean "seed"?'),

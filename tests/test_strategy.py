@@ -163,6 +163,16 @@ def test_one_node_with_many_members_is_one_failure_of_their_group():
         assert isinstance(world.error, RestartBudgetExceeded)
 
 
+def test_one_node_with_members_of_a_group_and_of_one_within_it_is_one_failure_of_the_outer():
+    world = World()
+    world.supervisor.add_group("outer", "one_for_all", RestartPolicy(max_restarts=1))
+    world.supervisor.add_group("inner", "one_for_one", RestartPolicy(max_restarts=0), "outer")
+    world.add("x", "inner", PLENTY)
+    world.add("a", "outer", PLENTY)
+    world.fail("a", "x")
+    assert sorted(world.settle()) == ["a", "x"] and world.error is None
+
+
 def test_a_group_above_counts_what_a_group_below_could_not_repair():
     world = World()
     supervisor = world.supervisor
