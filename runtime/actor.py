@@ -6,6 +6,7 @@
     async start()                       once per incarnation, before the first message; opens state
     @message methods                    one at a time, in the order of lanes and arrival
     async stop(reason)                  once, after the last message; closes what start opened
+    snapshot(), restore(state)          if it has them: what an incarnation leaves to the next
 
 An instance is plain Python: after `await actor.start()` its methods can be tested with no runtime at all. Only
 `@message` methods can be reached from outside. This module knows nothing of processes, sockets or supervision.

@@ -53,7 +53,9 @@ class NodeAgent(Actor):
         ended."""
         actor._node, actor._name, actor._epoch = node, name, epoch
         cell = node.cells[name] = Cell(actor, name, incarnation, node)
-        cell.memory = actor._memory = Memory(node, cell, state)
+        memory = actor._memory = Memory(node, cell, state)
+        if actor.snapshot_every_s is not None or state is not None:
+            cell.memory = memory
         work = self._run(node, cell)
         self._cells[name] = asyncio.get_running_loop().create_task(work, name=name, context=unlimited())
         return cell

@@ -218,7 +218,7 @@ class Children:
     def _did_not_start(self, members: list[Member], error: BaseException) -> None:
         """The first start of a member is its spawner's to repair, unless something killed the node; any other is a
         failure like all others."""
-        killed = isinstance(error, LaunchError) and error.exit is not None and error.exit.kind == "signal"
+        killed = isinstance(error, LaunchError) and error.exit is not None and error.exit.kind != "exit_code"
         for member in members:
             if not (member.restarted or member.first.done() or killed):
                 self._drop(member, error)

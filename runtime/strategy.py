@@ -187,14 +187,11 @@ class Supervisor:
 
     def waiting(self, now: float) -> list[tuple[str, str, float]]:
         """Those that shall start and may not yet: name, why not, seconds until it is looked at again."""
-        return [
-            (
-                child.name,
-                "its back-off" if child.due > now else f"its turn in group {child.group.name}",
-                child.due - now,
-            )
-            for child in self._waiting
-        ]
+        rows = []
+        for child in self._waiting:
+            why = "its back-off" if child.due > now else f"its turn in group {child.group.name}"
+            rows.append((child.name, why, child.due - now))
+        return rows
 
     # Decisions ----------------------------------------------------------------------------------------------
 
@@ -214,8 +211,8 @@ class Supervisor:
 
     def _members_failed(self, group: Group, failed: list[Child], why: Exit, now: float) -> None:
         try:
-            delays = [child.budget.after_failure(now, str(why)) or 0.0 for child in failed]
-            together = 0.0 if group is self.root else self._count(group, str(why), now)
+            delays = [child.budget.count(now, str(why)) for child in failed]
+            together = 0.0 if group is self.root else group.budget.count(now, str(why))
         except RestartBudgetExceeded as error:
             self._group_failed(group, error, now)
             return
@@ -230,7 +227,7 @@ class Supervisor:
         why = Exit(kind="exception", detail=str(error))
         parent = group.parent
         if parent is not None and group.policy.restart == "temporary":
-            self._stop(list(_leaves(group)), why, leaving=True)
+            self._stop(list(_leaves(group)), why, leave=True)
             return
         if parent is None or parent is self.root:
             self.error = error
@@ -238,7 +235,7 @@ class Supervisor:
             self._actions.append(GiveUp(error))
             return
         try:
-            delay = self._count(parent, str(error), now)
+            delay = parent.budget.count(now, str(error))
         except RestartBudgetExceeded as exceeded:
             self._group_failed(parent, exceeded, now)
             return
@@ -246,9 +243,6 @@ class Supervisor:
             self._again([group], why, now + delay)
         else:
             self._again(_sharing_fate(parent, group), why, now + delay, parent)
-
-    def _count(self, group: Group, reason: str, now: float) -> float:
-        return group.budget.after_failure(now, reason) or 0.0
 
     def _again(self, entries: list[Child | Group], why: Exit, due: float, group: Group | None = None) -> None:
         """Stops what of this still runs, and has all of it started. `group`: where all this is in."""
@@ -262,25 +256,22 @@ class Supervisor:
                 for child in _leaves(entry):
                     child.budget.forget()
         children = [child for entry in entries for child in _leaves(entry)]
-        self._stop([child for child in children if child.policy.restart == "temporary"], why, leaving=True)
+        self._stop(children, why)
         for child in children:
-            if child.policy.restart != "temporary":
-                child.due, child.why = due, why
-                if child.state in ("down", "retired"):
-                    child.state = "down"
-                    self._waiting[child] = None
-        self._stop([child for child in children if child.policy.restart != "temporary"], why)
+            child.due = due
+            if not child.leaving and child.state in ("down", "retired"):
+                child.state = "down"
+                self._waiting[child] = None
 
-    def _stop(self, children: list[Child], why: Exit, *, leaving: bool = False) -> None:
-        """Last started, first stopped."""
+    def _stop(self, children: list[Child], why: Exit, *, leave: bool = False) -> None:
+        """Last started, first stopped. `leave`: all stay down; else only those that are never restarted."""
         for child in reversed(children):
-            child.leaving = leaving
+            child.why, child.leaving = why, leave or child.policy.restart == "temporary"
             if child.state in ("starting", "up"):
                 child.state = "stopping"
                 self._actions.append(Stop(child.name, why))
-            if leaving and child.state == "down":
+            elif child.state == "down" and child.leaving:
                 self._retire(child, why)
-            child.why = why
 
     def _has_stopped(self, child: Child) -> None:
         child.state = "down"

@@ -56,9 +56,11 @@ class RestartBudget:
 
         `now`: any monotonic seconds. Raises RestartBudgetExceeded.
         """
+        return None if self.policy.restart == "temporary" else self.count(now, reason)
+
+    def count(self, now: float, reason: str) -> float:
+        """Counts a restart; returns the seconds to wait before it. Raises RestartBudgetExceeded."""
         policy = self.policy
-        if policy.restart == "temporary":
-            return None
         while self._recent and now - self._recent[0] > policy.window_s:
             self._recent.popleft()
         if len(self._recent) >= policy.max_restarts:

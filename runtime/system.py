@@ -23,61 +23,29 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
-from .actor import Actor, message
+from .actor import Actor
 from .agent import NodeAgent, agent_status, interface_of
 from .children import Children, Member, first_line
 from .classes import class_path
 from .directory import Status
-from .errors import SnapshotRefused, StaleIncarnation
 from .events import EventLog
 from .exits import Exit
 from .group import ActorGroup
 from .hosting import Hosting
 from .launcher import NodeSpec
-from .mailbox import Lane
 from .memory import Snapshots
 from .node import Node
 from .nodes import ROOT, STOP_NODE_S, HostedNode, Nodes
 from .ref import Ref
+from .root import Root
 from .rundir import RunDirectory, claim
 from .strategy import Group, Strategy, Supervisor
 from .supervisor import RestartPolicy
 from .survey import drain_nodes, survey
-
-
-@dataclass(kw_only=True)
-class _Root(Actor):
-    """The actor `$root`: what nodes report."""
-
-    def __post_init__(self) -> None:
-        self.system: System
-
-    @message(lane=Lane.SYSTEM)
-    async def hello(self, key: str, pid: int) -> None:
-        """A node process is up."""
-        self.system._nodes.on_hello(key)
-
-    @message(lane=Lane.SYSTEM)
-    async def actor_ended(self, name: str, incarnation: int, why: Exit) -> None:
-        """An actor has stopped by itself, or failed."""
-        self.system._children.ended(name, incarnation, why)
-
-    @message(lane=Lane.SYSTEM)
-    async def keep(self, name: str, incarnation: int, state: np.ndarray) -> None:
-        """The state of an actor, for its next incarnation. Raises StaleIncarnation, SnapshotRefused."""
-        self.system._keep(name, incarnation, state)
-
-    @message(lane=Lane.SYSTEM)
-    async def emit(self, event: str, fields: dict[str, Any]) -> None:
-        """A line for events.jsonl."""
-        self.system.events.write(event, **fields)
 
 
 class System:
@@ -146,7 +114,7 @@ class System:
 
     async def _open_root(self) -> None:
         self.node = Node(f"{ROOT}#1", f"ipc://{self._scratch}/{ROOT}-1", self.events)
-        status = Status(name="$root", node=self.node.key, state="up", incarnation=1, **interface_of(_Root))
+        status = Status(name="$root", node=self.node.key, state="up", incarnation=1, **interface_of(Root))
         self._nodes = Nodes(
             self.node, [status], self._specs, self.events, sockets=self._scratch, logs=self.run_dir / "logs",
             on_death=self._on_node_death, start_task=self._task,
@@ -155,9 +123,8 @@ class System:
         self._children = Children(self._hosting, self._supervisor, self.events, self._task, self._fail)
         self._agent = NodeAgent()
         self._agent.done.add_done_callback(self._on_agent_done)
-        actor = _Root()
-        actor.system = self
-        for host, name in ((self._agent, f"$node@{ROOT}"), (actor, "$root")):
+        root = Root(nodes=self._nodes, children=self._children, snapshots=self._snapshots, events=self.events)
+        for host, name in ((self._agent, f"$node@{ROOT}"), (root, "$root")):
             await self._agent.host(self.node, host, name, 1).up
         self._nodes.publish(status, agent_status(self.node.key))
 
@@ -303,20 +270,6 @@ class System:
         residents = self._children.node_died(node.name, why)
         down = [member for member in residents if self._supervisor.children[member.name].state != "retired"]
         return [self._hosting.status(member, "down", why) for member in down]
-
-    def _keep(self, name: str, incarnation: int, state: np.ndarray) -> None:
-        member = self._children.table.get(name)
-        if member is None or member.incarnation != incarnation:
-            raise StaleIncarnation(f"the state of {name} #{incarnation} is not kept: a newer incarnation runs")
-        if not self._snapshots.fits(name, state):
-            error = SnapshotRefused(
-                f"the state of {name} ({state.nbytes} bytes) is not kept: all states together may have "
-                f"{self._snapshots.limit_bytes} bytes and have {self._snapshots.nbytes}; make it smaller, or raise "
-                "max_state_bytes of the System"
-            )
-            self.events.write("snapshot_refused", actor=name, bytes=state.nbytes, reason=str(error))
-            raise error
-        self._snapshots.keep(name, state)
 
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():

@@ -199,14 +199,16 @@ def test_a_group_above_counts_what_a_group_below_could_not_repair():
 def test_a_temporary_group_stays_down_when_it_fails_and_a_temporary_member_with_its_siblings():
     world = World()
     world.supervisor.add_group("g", "one_for_all", RestartPolicy(max_restarts=1, restart="temporary"))
-    world.add("a", "g", RestartPolicy(max_restarts=1))
-    world.add("b", "g", RestartPolicy(max_restarts=1))
+    world.add("a", "g", PLENTY)
     world.add("guest", "g", RestartPolicy(restart="temporary"))
+    world.add("b", "g", PLENTY)
+    world.add("shy", "g", RestartPolicy(restart="temporary"))
     world.fail("guest")
     assert world.settle() == [] and world.retired == ["guest"], "its own end is nobody else's"
     world.fail("a")
-    world.settle()
-    assert world.error is None
+    assert world.settle() == ["a", "b"] and world.retired == ["guest", "shy"]
+    world.fail("b")
+    assert world.settle() == [] and sorted(world.retired) == ["a", "b", "guest", "shy"] and world.error is None
 
 
 def test_restart_types_after_an_orderly_end_and_after_a_failure():
