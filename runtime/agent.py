@@ -77,7 +77,8 @@ class NodeAgent(Actor):
             # At once, not when the root says so: a caller that asks again must wait, not find an empty place.
             known = node.directory.get(cell.name)
             exit = _exit_of(failure)
-            node.directory.update(replace(known, state="down", exit=exit))
+            if known.state != "down":  # If it is, the root has asked for this end, and said why.
+                node.directory.update(replace(known, state="down", exit=exit))
             node.cast("$root", "actor_ended", (cell.name, cell.incarnation, exit), {})
 
     @message(concurrent=True, lane=Lane.SYSTEM)

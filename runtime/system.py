@@ -60,8 +60,9 @@ class System:
         max_state_bytes: int = 256 << 20,
     ) -> None:
         """`run_dir`: where events.jsonl and logs/ go; None for a temporary one. A path is claimed: entering raises
-        DirectoryInUse if another system works there. `nodes`: specs of nodes that need more than a name; others are
-        made as actors ask for them. `max_state_bytes`: for all snapshots of actors together."""
+        DirectoryInUse if another system works there; a RunDirectory has been claimed already. `nodes`: specs of nodes
+        that need more than a name; others are made as actors ask for them. `max_state_bytes`: for all snapshots of
+        actors together."""
         self._given_dir = run_dir
         self.run_dir: Path
         """Where events.jsonl and logs/ are."""

@@ -116,6 +116,7 @@ async def test_watchers_learn_how_it_ended(system):
     os.kill(system.pids()["n0"], signal.SIGKILL)
     exits = await until(lambda: at_least(watcher, 2))
     assert (exits[0].kind, exits[0].detail) == ("exception", "ValueError: boom") and "in boom" in exits[0].traceback
+    assert not any(exit.kind == "stopped" for exit in exits)
     assert (exits[-1].kind, exits[-1].code) == ("signal", 9) and "killed by SIGKILL" in exits[-1].detail
     assert events(system, "node_exit")[0]["kind"] == "signal" and events(system, "actor_exit")[0]["kind"] == "exception"
 
@@ -178,10 +179,12 @@ async def test_a_member_that_is_stopped_in_good_order_leaves_its_state_and_a_new
     gang = system.group("gang", strategy="one_for_all", policy=QUICK)
     bad = await gang.spawn(Tally(), name="bad", node="n0", policy=QUICK)
     good = await gang.spawn(Rare(), name="good", node="n1", policy=RestartPolicy(restart="transient"))
+    watcher = await system.spawn(Watcher(of="good"), name="watcher", node="n1")
     await good.add(3)
     bad.boom.cast()
     await until(lambda: is_up(good, 2))
     assert (await good.look())[0] == 3
+    assert {exit.detail for exit in await watcher.seen()} == {"ValueError: boom"}, "why it was stopped"
     async with System() as other:
         first = await other.spawn(Tally(), name="a", policy=RestartPolicy(restart="temporary"))
         await first.add_and_save(9)
