@@ -93,7 +93,7 @@ class Controller(Actor):
     async def _main(self) -> None:
         await self.trainer.rewind()
         if self._pool_state is not None:
-            await self.pool.restore(self._pool_state)
+            await self.pool.take_over(self._pool_state)
             await self.pool.release_holder(TRAINER)
         await self._publish()
         self.background(self._watch_rollout(), name="watch rollout")
@@ -344,7 +344,7 @@ class Controller(Actor):
         # In this order: a group that enters the pool in between is in both, and the pool takes no id twice.
         name = f"{self.state.stage}-{self.state.step:06d}"
         files = {STATE: dumps(self.state)}
-        files[POOL] = dumps(await self.pool.snapshot())
+        files[POOL] = dumps(await self.pool.state())
         self.log("checkpoint", folder=await self.trainer.checkpoint(name, files))
 
     # Messages -----------------------------------------------------------------------------------------------

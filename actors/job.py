@@ -35,7 +35,7 @@ TABLES = {
 ROLES = ("controller", "rollout", "verifier", "reward", "pool", "trainer", "evaluator")
 """Actors that the controller asks for by name."""
 
-LAYOUT = ("nodes", "actors")
+LAYOUT = ("nodes", "groups", "actors")
 """Tables that a resumed run may change: where its actors live and how they do their work, not what is learned."""
 
 

@@ -24,6 +24,7 @@ from .runtime.toml import ConfigError
 if TYPE_CHECKING:
     from .actors.job import Job
     from .runtime.cluster import ActorSpec
+    from .runtime.group import ActorGroup
     from .runtime.rundir import RunDirectory
     from .runtime.system import System
 
@@ -111,7 +112,7 @@ class _Launch:
         from .screen import open_screen
 
         nodes = {name: settings.spec(name) for name, settings in self.job.cluster.nodes.items()}
-        system = System(self.dir.path, nodes=nodes, seed=self.job.run.seed)
+        system = System(self.dir, nodes=nodes, seed=self.job.run.seed)
         self._on_signals(system)
         with open_screen(plain=self.plain) as screen:
             try:
@@ -156,9 +157,13 @@ class _Launch:
     async def _work(self, system: System, screen: Any) -> None:
         """Starts all actors at once, then follows the controller to its end."""
         cluster = self.job.cluster
-        for spec in cluster.actors.values():
-            system.declare(spec.name, type(spec.instance))
-        await asyncio.gather(*(_spawn(system, spec) for spec in cluster.actors.values()))
+        for actor in cluster.actors.values():
+            system.declare(actor.name, type(actor.instance))
+        groups: dict[str, ActorGroup] = {}
+        for name, spec in cluster.groups.items():
+            above = groups.get(spec.parent)
+            groups[name] = system.group(name, strategy=spec.strategy, policy=spec.policy, parent=above)
+        await asyncio.gather(*(_spawn(groups.get(actor.group, system), actor) for actor in cluster.actors.values()))
         furthest, failures = (-1, 0), 0
         while True:
             await system.node.directory.when_up("controller")
@@ -228,10 +233,10 @@ class _Launch:
         return 1
 
 
-async def _spawn(system: System, spec: ActorSpec) -> None:
+async def _spawn(group: System | ActorGroup, spec: ActorSpec) -> None:
     """Starts an actor. Raises LaunchError or, with the traceback of its `start`, RemoteError."""
     try:
-        await system.spawn(spec.instance, name=spec.name, node=spec.node, policy=spec.policy)
+        await group.spawn(spec.instance, name=spec.name, node=spec.node, policy=spec.policy)
     except RemoteError as error:
         why = str(error.args[0]).partition(" raised ")[2]
         raise RemoteError(f"{spec.name} did not start: {why}", error.remote_type, error.remote_traceback) from None

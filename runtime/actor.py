@@ -6,6 +6,7 @@
     async start()                       once per incarnation, before the first message; opens state
     @message methods                    one at a time, in the order of lanes and arrival
     async stop(reason)                  once, after the last message; closes what start opened
+    snapshot(), restore(state)          if it has them: what an incarnation leaves to the next
 
 An instance is plain Python: after `await actor.start()` its methods can be tested with no runtime at all. Only
 `@message` methods can be reached from outside. This module knows nothing of processes, sockets or supervision.
@@ -30,6 +31,7 @@ from .thread import WorkThread
 
 if TYPE_CHECKING:
     from .directory import Status
+    from .memory import Memory
     from .node import Node
     from .ref import Ref
 
@@ -103,8 +105,13 @@ class Actor:
     mailbox_capacity: ClassVar[int] = 1024
     """Messages of each lane that may wait; see mailbox.py for what happens beyond."""
 
+    snapshot_every_s: ClassVar[float | None] = None
+    """How often `snapshot` is taken; None: only when the actor calls `save`."""
+
     _node: Node | None = None
     _name: str = ""
+    _epoch: int = 1
+    _memory: Memory | None = None
     _tasks: asyncio.TaskGroup | None = None
     _thread: WorkThread | None = None
 
@@ -120,6 +127,32 @@ class Actor:
 
     async def stop(self, reason: BaseException | None) -> None:
         """Closes what `start` opened; `reason` is None for an orderly stop."""
+
+    def snapshot(self) -> Any:
+        """The state that the next incarnation gets: any value that can travel in a message; None for none.
+
+        Taken between two messages that take turns, every `snapshot_every_s` if something was handled since, and when
+        the actor is stopped in good order; not when it has failed. The root keeps the last one in memory. So a restart
+        loses what was handled after the last snapshot or `save`: at most `snapshot_every_s` and the time it travels.
+        """
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Takes up the state of an earlier incarnation, after `start` and before the first message. Arrays in it are
+        read-only. Raising here fails the incarnation, as in `start`."""
+
+    async def save(self) -> None:
+        """Returns when the root keeps what `snapshot` gives now. Does nothing outside a system.
+
+        Raises SnapshotRefused if it is too large, CodecError if it can't travel.
+        """
+        if self._memory is not None:
+            await self._memory.save()
+
+    @property
+    def epoch(self) -> int:
+        """How often the actor's group was started as a whole: the same for all members that work together."""
+        return self._epoch
 
     @property
     def name(self) -> str:

@@ -16,9 +16,14 @@ from .classes import load_actor
 from .codec import loads
 from .deadline import unlimited
 from .directory import Status
+from .exits import Exit
 from .mailbox import Lane
+from .memory import Memory
 from .node import Node
 from .protocol import pack_error, window_of
+
+DRAIN_LOOK_S = 0.005
+"""How often it is looked whether the actors have finished their work."""
 
 CANCEL_S = 1.0
 """Time that a cancelled actor may take to end; what is stuck in a thread ends with the process."""
@@ -43,10 +48,14 @@ class NodeAgent(Actor):
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done after `shutdown`; raises what one of the runtime's own actors here failed with."""
 
-    def host(self, node: Node, actor: Actor, name: str, incarnation: int) -> Cell:
-        """Puts an actor into this node; a cell of the same name must have ended."""
-        actor._node, actor._name = node, name
+    def host(self, node: Node, actor: Actor, name: str, incarnation: int, epoch: int = 1, state: Any = None) -> Cell:
+        """Puts an actor into this node, with the state of an earlier incarnation; a cell of the same name must have
+        ended."""
+        actor._node, actor._name, actor._epoch = node, name, epoch
         cell = node.cells[name] = Cell(actor, name, incarnation, node)
+        memory = actor._memory = Memory(node, cell, state)
+        if actor.snapshot_every_s is not None or state is not None:
+            cell.memory = memory
         work = self._run(node, cell)
         self._cells[name] = asyncio.get_running_loop().create_task(work, name=name, context=unlimited())
         return cell
@@ -67,17 +76,21 @@ class NodeAgent(Actor):
         else:
             # At once, not when the root says so: a caller that asks again must wait, not find an empty place.
             known = node.directory.get(cell.name)
-            node.directory.update(replace(known, state="down", reason=str(failure or "stopped")))
-            packed = None if failure is None else pack_error(failure)
-            node.cast("$root", "actor_ended", (cell.name, cell.incarnation, packed), {})
+            exit = _exit_of(failure)
+            if known.state != "down":  # If it is, the root has asked for this end, and said why.
+                node.directory.update(replace(known, state="down", exit=exit))
+            node.cast("$root", "actor_ended", (cell.name, cell.incarnation, exit), {})
 
     @message(concurrent=True, lane=Lane.SYSTEM)
-    async def spawn(self, name: str, incarnation: int, class_path: str, config: bytes) -> None:
-        """Starts an actor; returns when its `start` has. Raises what `start` raised."""
+    async def spawn(
+        self, name: str, incarnation: int, class_path: str, config: bytes, epoch: int = 1, state: Any = None
+    ) -> None:
+        """Starts an actor; returns when its `start` has. Raises what `start` raised. `state`: of its last snapshot, as
+        memory.py packs it."""
         kind = load_actor(class_path)  # Imports the types that its fields are of.
         actor = kind(**loads(config))
         await self.stop_actor(name)
-        cell = self.host(self._require_node(), actor, name, incarnation)
+        cell = self.host(self._require_node(), actor, name, incarnation, epoch, state)
         try:
             await asyncio.shield(cell.up)
         except asyncio.CancelledError:
@@ -85,17 +98,31 @@ class NodeAgent(Actor):
             raise
 
     @message(concurrent=True, lane=Lane.SYSTEM)
-    async def stop_actor(self, name: str) -> None:
-        """Asks an actor to stop and waits a bounded time; then cancels it. Does nothing if there is none."""
+    async def stop_actor(self, name: str) -> bool:
+        """Asks an actor to stop and waits a bounded time; then cancels it. Returns whether none is left."""
         task, cell = self._cells.get(name), self._require_node().cells.get(name)
         if task is None or task.done():
-            return
+            return True
         if cell is not None:
             cell.close()
         _, late = await asyncio.wait([task], timeout=STOP_S)
         if late:
             task.cancel()
             await asyncio.wait([task], timeout=CANCEL_S)
+        return task.done()
+
+    @message(concurrent=True, lane=Lane.SYSTEM)
+    async def drain(self, seconds: float) -> int | None:
+        """Waits until no actor here has work. Returns how many messages they have handled so far; None if it took too
+        long."""
+        cells = [cell for name, cell in self._require_node().cells.items() if not name.startswith("$")]
+        end = asyncio.get_running_loop().time() + seconds
+        for cell in cells:
+            while not cell.idle:
+                if asyncio.get_running_loop().time() > end:
+                    return None
+                await asyncio.sleep(DRAIN_LOOK_S)
+        return sum(cell.handled for cell in cells) if all(cell.idle for cell in cells) else -1
 
     @message(concurrent=True, lane=Lane.SYSTEM)
     async def update(self, statuses: list[Status], addresses: dict[str, str], dead: dict[str, str]) -> None:
@@ -116,6 +143,9 @@ class NodeAgent(Actor):
     async def shutdown(self) -> None:
         """Stops all actors, in parallel; the process ends after the answer."""
         self._stopping = True
+        for cell in self._require_node().cells.values():
+            if cell.actor._memory is not None:
+                cell.actor._memory.dismiss()
         try:
             await asyncio.gather(*(self.stop_actor(name) for name in list(self._cells) if not name.startswith("$")))
         finally:
@@ -148,9 +178,21 @@ class NodeAgent(Actor):
         """The last messages that could not be delivered here."""
         return list(self._require_node().dead_letters)
 
+    @message(concurrent=True, lane=Lane.SYSTEM)
+    async def counters(self) -> dict[str, int]:
+        """What was counted here."""
+        return dict(self._require_node().counters)
+
     def _require_node(self) -> Node:
         assert self._node is not None
         return self._node
+
+
+def _exit_of(failure: BaseException | None) -> Exit:
+    if failure is None:
+        return Exit(kind="stopped", detail="stopped by itself")
+    name, text, trace, _ = pack_error(failure)
+    return Exit(kind="exception", detail=f"{name}: {text}".splitlines()[0], traceback=trace)
 
 
 def agent_status(key: str, state: Any = "up") -> Status:

@@ -68,6 +68,19 @@ class Answers(Protocol):
         """A message will not be handled to its end: keeps it on record and tells its sender."""
 
 
+class Memory(Protocol):
+    """What a cell tells of its life to that which keeps the actor's state."""
+
+    def started(self) -> None:
+        """`start` has returned; no message was handled yet."""
+
+    def turn_ended(self) -> None:
+        """A message that takes turns was handled, and the next was not begun."""
+
+    async def close(self, *, orderly: bool) -> None:
+        """The last message was handled; `orderly`: the actor has not failed."""
+
+
 class _Stop(BaseException):
     """Ends the cell's task group from inside."""
 
@@ -84,6 +97,9 @@ class Cell:
         self.window = window_of(actor.mailbox_capacity)
         self.up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when `start` has returned; carries its exception if it raised."""
+        self.memory: Memory | None = None
+        self.handled = 0
+        """Messages whose handler was begun."""
         self._node = node
         self._running: dict[tuple[str, int], tuple[asyncio.Task[None], Delivery]] = {}
         self._closing = asyncio.Event()
@@ -125,6 +141,16 @@ class Cell:
                 self.cancel(key)
         self._remove(lambda waiting: waiting.origin == origin and waiting.kind is not Kind.CAST)
 
+    @property
+    def idle(self) -> bool:
+        """Nothing is handled, and nothing waits."""
+        return not (self._running or len(self.turns) or len(self.overlapping))
+
+    @property
+    def between_turns(self) -> bool:
+        """No message that takes turns is being handled."""
+        return all(self.actor.messages[delivery.method].concurrent for _, delivery in self._running.values())
+
     def stream(self, key: tuple[str, int]) -> CreditWindow | None:
         """The credits of a stream that is being answered, or None."""
         running = self._running.get(key)
@@ -144,6 +170,8 @@ class Cell:
                 self._starting = asyncio.current_task()
                 await self.actor.start()
                 self._starting = None
+                if self.memory is not None:
+                    self.memory.started()
                 self.up.set_result(None)
                 tasks.create_task(self._take_turns())
                 tasks.create_task(self._overlap(tasks), name=f"{self.name}:overlapping")
@@ -155,6 +183,8 @@ class Cell:
             reason = _first(group)
         self.actor._tasks = self._starting = None
         try:
+            if self.memory is not None:
+                await self.memory.close(orderly=reason is None)
             reason = await self._stop(reason)
         finally:
             self._bury(reason)
@@ -205,6 +235,8 @@ class Cell:
                     raise
             finally:
                 del self._running[delivery.key]
+            if self.memory is not None:
+                self.memory.turn_ended()
             if delivery.withdrawn and task.uncancel():
                 raise asyncio.CancelledError  # The cell was stopped in the same turn of the loop.
             if time.perf_counter() - began > SLICE_S:
@@ -230,6 +262,7 @@ class Cell:
 
     async def _handle(self, delivery: Delivery) -> None:
         spec = self.actor.messages[delivery.method]
+        self.handled += 1
         set_limit(delivery.deadline if spec.kind != "stream" else None)
         handler: Callable[..., Any] = getattr(self.actor, delivery.method)
         try:

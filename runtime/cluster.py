@@ -2,7 +2,8 @@
 
     [run]             name, seed, directory
     [nodes.NAME]      one process of its own: launcher, threads, env
-    [actors.NAME]     class = "module:Class", node, restart, max_restarts, window_s, ...;
+    [groups.NAME]     actors supervised together: strategy, parent, max_restarts, window_s, ...
+    [actors.NAME]     class = "module:Class", node, group, restart, max_restarts, window_s, ...;
                       every other key is a field of that class
     [ANYTHING ELSE]   a table that the caller names together with a dataclass
 
@@ -29,6 +30,7 @@ from pydantic import TypeAdapter, ValidationError
 from .actor import Actor
 from .launcher import NodeSpec
 from .rundir import RunSpec
+from .strategy import ROOT_GROUP, Strategy
 from .supervisor import RestartPolicy
 from .toml import ConfigError, Document, Keys, dump_value, nearest
 
@@ -58,6 +60,25 @@ class NodeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupSettings:
+    """Table `[groups.NAME]`: actors that are supervised together; its other keys are those of RestartPolicy."""
+
+    strategy: Strategy = "one_for_one"
+    """Who is restarted with a member that failed: nobody, all, or those that come after it in the file."""
+    parent: str = ROOT_GROUP
+    """The group that it is a member of; that comes earlier in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSpec:
+    """A group as it is to be made."""
+
+    strategy: Strategy
+    parent: str
+    policy: RestartPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
 class ActorSpec:
     """Table `[actors.NAME]`: an actor, where it lives, and how it is supervised."""
 
@@ -65,6 +86,7 @@ class ActorSpec:
     class_path: str
     """module:Class"""
     node: str
+    group: str
     policy: RestartPolicy
     instance: Actor
     """The configured actor; `start` has not been called."""
@@ -77,6 +99,8 @@ class ClusterSpec:
     run: RunSpec
     nodes: dict[str, NodeSettings]
     """By name, without the root node."""
+    groups: dict[str, GroupSpec]
+    """By name, without the root group; parents first."""
     actors: dict[str, ActorSpec]
 
     def actors_on(self, node: str) -> list[ActorSpec]:
@@ -85,7 +109,7 @@ class ClusterSpec:
 
 
 _POLICY_KEYS = tuple(f.name for f in fields(RestartPolicy))
-_ACTOR_KEYS = ("class", "node", *_POLICY_KEYS)
+_ACTOR_KEYS = ("class", "node", "group", *_POLICY_KEYS)
 
 
 def load_cluster(document: Document, tables: Mapping[str, type]) -> tuple[ClusterSpec, dict[str, Any]]:
@@ -93,7 +117,7 @@ def load_cluster(document: Document, tables: Mapping[str, type]) -> tuple[Cluste
 
     Returns the cluster and the further tables by name. Raises ConfigError for the first mistake.
     """
-    known = ["run", "nodes", "actors", *tables]
+    known = ["run", "nodes", "groups", "actors", *tables]
     for name, value in document.table.items():
         if not isinstance(value, dict):
             raise document.error((name,), "this key belongs into a table; " + f"tables are {', '.join(known)}")
@@ -102,11 +126,14 @@ def load_cluster(document: Document, tables: Mapping[str, type]) -> tuple[Cluste
     built: dict[str, Any] = {name: build(document, (name,), cls) for name, cls in {"run": RunSpec, **tables}.items()}
     run = built.pop("run")
     nodes = {name: _node(document, name) for name in _names(document, "nodes")}
+    groups: dict[str, GroupSpec] = {}
+    for name in _names(document, "groups"):
+        groups[name] = _group(document, name, groups)
     given = {"run": run, **built}
-    actors = {name: _actor(document, name, [ROOT, *nodes], given) for name in _names(document, "actors")}
+    actors = {name: _actor(document, name, [ROOT, *nodes], groups, given) for name in _names(document, "actors")}
     if not actors:
         raise document.error(("actors",), "there is no actor; add a table [actors.NAME] with a class")
-    return ClusterSpec(run=run, nodes=nodes, actors=actors), built
+    return ClusterSpec(run=run, nodes=nodes, groups=groups, actors=actors), built
 
 
 def build(document: Document, keys: Keys, cls: type[T], given: Mapping[str, Any] | None = None) -> T:
@@ -124,9 +151,15 @@ def to_table(cluster: ClusterSpec, tables: Mapping[str, Any]) -> dict[str, Any]:
     for name, spec in cluster.actors.items():
         given = _given_to(type(spec.instance), shared)
         own = {key: value for key, value in _plain(spec.instance).items() if key not in given}
-        actors[name] = {"class": spec.class_path, "node": spec.node, **_plain(spec.policy), **own}
+        place = {"class": spec.class_path, "node": spec.node, "group": spec.group}
+        actors[name] = {**place, **_plain(spec.policy), **own}
     nodes = {name: _plain(spec) for name, spec in cluster.nodes.items()}
-    return {"run": _plain(cluster.run), "nodes": nodes, "actors": actors} | {n: _plain(t) for n, t in tables.items()}
+    groups = {
+        name: {"strategy": spec.strategy, "parent": spec.parent, **_plain(spec.policy)}
+        for name, spec in cluster.groups.items()
+    }
+    own_tables = {"run": _plain(cluster.run), "nodes": nodes, "groups": groups, "actors": actors}
+    return own_tables | {name: _plain(table) for name, table in tables.items()}
 
 
 def _node(document: Document, name: str) -> NodeSettings:
@@ -137,7 +170,28 @@ def _node(document: Document, name: str) -> NodeSettings:
     return build(document, ("nodes", name), NodeSettings)
 
 
-def _actor(document: Document, name: str, nodes: list[str], shared: Mapping[str, Any]) -> ActorSpec:
+def _group(document: Document, name: str, earlier: Mapping[str, GroupSpec]) -> GroupSpec:
+    keys = ("groups", name)
+    if name == ROOT_GROUP:
+        raise document.error(keys, f'"{ROOT_GROUP}" is the group of all that names no other; remove the table')
+    table = _table(document, keys)
+    policy = _build(document, keys, RestartPolicy, {k: v for k, v in table.items() if k in _POLICY_KEYS}, {})
+    own = {key: value for key, value in table.items() if key not in _POLICY_KEYS}
+    settings = _build(document, keys, GroupSettings, own, {}, also_known=_POLICY_KEYS)
+    _known_group(document, (*keys, "parent"), settings.parent, earlier)
+    return GroupSpec(strategy=settings.strategy, parent=settings.parent, policy=policy)
+
+
+def _known_group(document: Document, keys: Keys, name: str, groups: Iterable[str]) -> None:
+    known = [ROOT_GROUP, *groups]
+    if name not in known:
+        hint = nearest(name, known, otherwise=f"; add [groups.{name}] above, or take one of {', '.join(known)}")
+        raise document.error(keys, f"there is no group {dump_value(name)}{hint}")
+
+
+def _actor(
+    document: Document, name: str, nodes: list[str], groups: Mapping[str, GroupSpec], shared: Mapping[str, Any]
+) -> ActorSpec:
     keys = ("actors", name)
     table = _table(document, keys)
     cls = _actor_class(document, keys, table)
@@ -145,13 +199,17 @@ def _actor(document: Document, name: str, nodes: list[str], shared: Mapping[str,
         raise document.error((*keys, "class"), f"{cls.__name__} has a field {min(clash)!r}, a key of supervision")
     policy_table = {key: value for key, value in table.items() if key in _POLICY_KEYS}
     policy = _build(document, keys, RestartPolicy, policy_table, {})
+    group = _convert(document, (*keys, "group"), str, table.get("group", ROOT_GROUP))
+    _known_group(document, (*keys, "group"), group, groups)
+    if group in groups and not policy_table:
+        policy = groups[group].policy
     node = _convert(document, (*keys, "node"), str, table.get("node", name if name in nodes else ROOT))
     if node not in nodes:
         hint = nearest(node, nodes, otherwise=f"; add [nodes.{node}], or take one of {', '.join(nodes)}")
         raise document.error((*keys, "node"), f"there is no node {dump_value(node)}{hint}")
     own = {key: value for key, value in table.items() if key not in _ACTOR_KEYS}
     instance = _build(document, keys, cls, own, _given_to(cls, shared), also_known=_ACTOR_KEYS)
-    return ActorSpec(name=name, class_path=table["class"], node=node, policy=policy, instance=instance)
+    return ActorSpec(name=name, class_path=table["class"], node=node, group=group, policy=policy, instance=instance)
 
 
 def _actor_class(document: Document, keys: Keys, table: Mapping[str, Any]) -> type[Actor]:

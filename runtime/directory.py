@@ -10,14 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal
+from weakref import WeakSet
 
 from .codec import wire
 from .errors import ActorDied, UnknownActor, UnknownMessage
+from .exits import Exit
 from .mailbox import Lane
 from .protocol import CALL_WINDOW
+
+WATCH_BEHIND = 64
+"""Changes of one actor that a watcher may still have to see."""
 
 
 @wire
@@ -31,13 +37,18 @@ class Status:
     state: Literal["starting", "up", "down", "stopped"]
     incarnation: int
     """1 for the first start, one higher at every restart."""
-    reason: str = ""
+    exit: Exit | None = None
     """Why it is down or stopped."""
     class_name: str = ""
     messages: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Lane and default deadline in seconds of each @message."""
     window: int = CALL_WINDOW
     """Messages of one node that may be under way to it."""
+
+    @property
+    def reason(self) -> str:
+        """Why it is down or stopped, in words."""
+        return "" if self.exit is None else self.exit.detail
 
     def message(self, method: str) -> tuple[Lane, float]:
         """How a message to it travels. Raises UnknownMessage, with those it has."""
@@ -53,7 +64,9 @@ class Directory:
 
     def __init__(self) -> None:
         self._table: dict[str, Status] = {}
-        self._changed = asyncio.Event()
+        self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}
+        """Those who wait for a change of an actor, in order."""
+        self._watchers: dict[str, WeakSet[_Watcher]] = {}
 
     def all(self) -> list[Status]:
         return list(self._table.values())
@@ -64,8 +77,11 @@ class Directory:
         if known is not None and status.incarnation < known.incarnation:
             return
         self._table[status.name] = status
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        for watcher in self._watchers.get(status.name, ()):
+            watcher.see(status)
+        for future in self._waiting.pop(status.name, ()):
+            if not future.done():
+                future.set_result(None)
 
     def get(self, name: str) -> Status:
         """Raises UnknownActor, with the nearest names."""
@@ -91,18 +107,40 @@ class Directory:
     async def when_up(self, name: str) -> Status:
         """Waits until the actor is up. Raises UnknownActor, ActorDied."""
         while (status := self.ready(name)) is None:
-            await self._changed.wait()
+            changed = asyncio.get_running_loop().create_future()
+            waiting = self._waiting.setdefault(name, {})
+            waiting[changed] = None
+            try:
+                await changed
+            finally:
+                del waiting[changed]
         return status
 
-    async def watch(self, name: str) -> AsyncIterator[Status]:
-        """The present status, then later ones. Changes that follow each other at once may be seen as one: compare
-        incarnations, not states."""
-        last = None
-        while True:
-            changed = self._changed
-            status = self._table.get(name)
-            if status is not None and status != last:
-                last = status
-                yield status
-            else:
-                await changed.wait()
+    def watch(self, name: str) -> AsyncIterator[Status]:
+        """The present status, then each change. A watcher that is WATCH_BEHIND changes behind misses the oldest."""
+        watcher = _Watcher()
+        if name in self._table:
+            watcher.see(self._table[name])
+        self._watchers.setdefault(name, WeakSet()).add(watcher)
+        return watcher
+
+
+class _Watcher(AsyncIterator[Status]):
+    """What one watcher has still to see. Whoever iterates keeps it alive; the directory does not."""
+
+    def __init__(self) -> None:
+        self._last: Status | None = None
+        self._unseen: deque[Status] = deque(maxlen=WATCH_BEHIND)
+        self._arrived = asyncio.Event()
+
+    def see(self, status: Status) -> None:
+        if status != self._last:
+            self._last = status
+            self._unseen.append(status)
+            self._arrived.set()
+
+    async def __anext__(self) -> Status:
+        while not self._unseen:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._unseen.popleft()

@@ -5,6 +5,11 @@ All derive from RuntimeFault. Each survives the wire (`name`, `message`) and pic
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .exits import Exit
+
 
 class RuntimeFault(Exception):
     """Base of all errors below."""
@@ -59,6 +64,9 @@ class StaleIncarnation(RuntimeFault):
 class LaunchError(RuntimeFault):
     """A node could not be started: the text holds the command, its exit and the end of its log."""
 
+    exit: Exit | None = None
+    """How its process ended, where it was started."""
+
 
 class LeaseLost(RuntimeFault):
     """A lease expired or was given back, so its entries may be with someone else. Raised by the sample pool on ack and
@@ -84,3 +92,12 @@ class BadWeights(RuntimeFault):
 
 class ExchangeFull(RuntimeFault):
     """There is not enough memory to publish weights. The version before stays published."""
+
+
+class DirectoryInUse(RuntimeFault):
+    """Another process works in this run directory; the text has its number. Wait for it, stop it, or use another."""
+
+
+class SnapshotRefused(RuntimeFault):
+    """The root does not keep this state of an actor: it is too large. The one before stays kept. Raised by `save`; for
+    a periodic snapshot it is an event."""

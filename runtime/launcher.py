@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import LaunchError
+from .exits import Exit
 
 LOG_TAIL_BYTES = 2000
 
@@ -29,14 +30,14 @@ class NodeSpec:
 
 
 class NodeProcess:
-    """A started process. `exited` is done when it has ended, with the reason in words."""
+    """A started process. `exited` is done when it has ended, with how."""
 
     def __init__(self, popen: subprocess.Popen[bytes], log: Path) -> None:
         self._popen = popen
         self.pid = popen.pid
         self.log = log
         loop = asyncio.get_running_loop()
-        self.exited: asyncio.Future[str] = loop.create_future()
+        self.exited: asyncio.Future[Exit] = loop.create_future()
         self._pidfd = os.pidfd_open(popen.pid)
         loop.add_reader(self._pidfd, self._on_exit)
 
@@ -63,9 +64,13 @@ class NodeProcess:
             os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        if not self.exited.done():
-            self.exited.set_result(reason)
+        if self.exited.done():
+            return
+        if code < 0:
+            exit = Exit(kind="signal", detail=f"killed by {signal.Signals(-code).name}", code=-code)
+        else:
+            exit = Exit(kind="exit_code", detail=f"exit code {code}", code=code)
+        self.exited.set_result(exit)
 
 
 def start_process(spec: NodeSpec, stdin: bytes, log: Path) -> NodeProcess:

@@ -20,6 +20,7 @@ from .agent import agent_status
 from .directory import Status
 from .errors import LaunchError, RuntimeFault
 from .events import EventLog
+from .exits import Exit
 from .launcher import NodeProcess, NodeSpec, start_process
 from .node import Node
 from .process import pack_spec
@@ -56,7 +57,7 @@ class HostedNode:
 
 
 class Nodes:
-    """All nodes of a system, the root among them. `on_death` gets a node and the reason in words, and returns the new
+    """All nodes of a system, the root among them. `on_death` gets a node and how it ended, and returns the new
     statuses of the actors that lived there; `start_task` runs work that must not fail."""
 
     def __init__(
@@ -68,7 +69,7 @@ class Nodes:
         *,
         sockets: Path,
         logs: Path,
-        on_death: Callable[[HostedNode, str], list[Status]],
+        on_death: Callable[[HostedNode, Exit], list[Status]],
         start_task: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
         self._root = root
@@ -87,6 +88,10 @@ class Nodes:
         if name not in self._nodes:
             self._nodes[name] = HostedNode(self._specs.get(name) or NodeSpec(name=name))
         return self._nodes[name]
+
+    def names(self) -> list[str]:
+        """The nodes that run now, the root first."""
+        return [hosted.name for hosted in self._nodes.values() if hosted.ready]
 
     def pids(self) -> dict[str, int]:
         """Process id of each node that was started, the root's own first."""
@@ -137,9 +142,12 @@ class Nodes:
         ends: list[asyncio.Future[Any]] = [hello, process.exited]
         done, _ = await asyncio.wait(ends, timeout=HELLO_S, return_when=asyncio.FIRST_COMPLETED)
         if hello not in done:
-            why = process.exited.result() if done else f"no hello within {HELLO_S:g} s"
+            exit = process.exited.result() if done else None
             process.kill()
-            raise LaunchError(f"node {name} did not start: {why}\n{process.log_tail()}".rstrip())
+            why = exit or f"no hello within {HELLO_S:g} s"
+            error = LaunchError(f"node {name} did not start: {why}\n{process.log_tail()}".rstrip())
+            error.exit = exit
+            raise error
         self._welcome(hosted)
         self._start_task(self._watch(hosted, process))
 
@@ -154,14 +162,17 @@ class Nodes:
         self._root.ref(status.name).update.cast(self._root.directory.all(), others, {})
 
     async def _watch(self, hosted: HostedNode, process: NodeProcess) -> None:
-        reason = await asyncio.shield(process.exited)
+        exit = await asyncio.shield(process.exited)
         hosted.ready = False
-        self._events.write("node_exit", node=hosted.name, pid=process.pid, reason=reason, log=process.log_tail()[-500:])
-        self._root.peer_down(hosted.key, reason)
-        statuses = [agent_status(hosted.key, "down"), *self._on_death(hosted, reason)]
+        self._events.write(
+            "node_exit", node=hosted.name, pid=process.pid, kind=exit.kind, code=exit.code, reason=exit.detail,
+            log=process.log_tail()[-500:],
+        )  # fmt: skip
+        self._root.peer_down(hosted.key, exit.detail)
+        statuses = [agent_status(hosted.key, "down"), *self._on_death(hosted, exit)]
         for status in statuses:
             self._root.directory.update(status)
-        self._broadcast(statuses, {}, {hosted.key: reason})
+        self._broadcast(statuses, {}, {hosted.key: exit.detail})
 
     async def _stop(self, hosted: HostedNode, process: NodeProcess, patience_s: float) -> None:
         if hosted.ready and not process.exited.done():

@@ -145,13 +145,13 @@ class SamplePool(Actor):
         return self._pool.stats()
 
     @message
-    async def snapshot(self) -> dict[str, Any]:
+    async def state(self) -> dict[str, Any]:
         """The whole state as a value that can travel."""
         return self._pool.snapshot()
 
     @message
-    async def restore(self, state: dict[str, Any]) -> None:
-        """Takes over the state of a snapshot; what the pool had is gone."""
+    async def take_over(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` returned; what the pool had is gone."""
         self._pool.restore(state)
         self._notify()
 

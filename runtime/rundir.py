@@ -25,6 +25,7 @@ import orjson
 from annotated_types import Ge
 
 from .codec import wire
+from .errors import DirectoryInUse
 from .toml import ConfigError, dump_value
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -155,13 +156,12 @@ def drop_half_line(path: Path) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _claim(path: Path, *, make: bool) -> int:
-    try:
-        if make:
-            path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise _unwritable(path, error) from None
+def claim(path: Path) -> int:
+    """Claims a directory for this process; returns the descriptor that holds the claim until it is closed.
+
+    Raises DirectoryInUse with the holder's process id, OSError.
+    """
+    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(lock, 0)
@@ -170,11 +170,22 @@ def _claim(path: Path, *, make: bool) -> int:
         holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
         os.close(lock)
         who = f"process {holder}" if holder else "another process"
-        raise ConfigError(f"{path}: in use by {who}; wait for it or stop it, or {_elsewhere(path)}") from None
-    except OSError as error:
+        raise DirectoryInUse(f"{path}: in use by {who}; wait for it or stop it, or use another directory") from None
+    except OSError:
         os.close(lock)
-        raise _unwritable(path, error) from None
+        raise
     return lock
+
+
+def _claim(path: Path, *, make: bool) -> int:
+    try:
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
+        return claim(path)
+    except DirectoryInUse as error:
+        raise ConfigError(str(error).replace("use another directory", _elsewhere(path))) from None
+    except OSError as error:
+        raise _unwritable(path, error) from None
 
 
 def _refuse_existing(path: Path) -> None:

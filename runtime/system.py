@@ -9,111 +9,85 @@
       |    +- verifier             --cast---> failure reported
       +- node trainer ...
 
-All supervision decisions are made here, one_for_one: an actor that fails is started again in its node; a node that dies
-is started again with all its actors. A budget that is exceeded ends the system: `failed` carries the reason. Knows
-nothing of what the actors do, nor how processes are started: see nodes.py.
+All supervision is here, in the root: strategy.py decides, children.py does it, hosting.py knows how. A node that dies
+is started again as its actors are. A failure that no group could repair ends the system: `failed` carries the reason.
+This is the facade; it knows nothing of what the actors do, nor how processes are started: see nodes.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from .actor import Actor, message
+from .actor import Actor
 from .agent import NodeAgent, agent_status, interface_of
+from .children import Children, Member, first_line
 from .classes import class_path
-from .codec import dumps
-from .deadline import timeout
 from .directory import Status
-from .errors import ActorDied, LaunchError, RemoteError, RestartBudgetExceeded, RuntimeFault
 from .events import EventLog
+from .exits import Exit
+from .group import ActorGroup
+from .hosting import Hosting
 from .launcher import NodeSpec
-from .mailbox import Lane
+from .memory import Snapshots
 from .node import Node
-from .nodes import ROOT, HostedNode, Nodes
+from .nodes import ROOT, STOP_NODE_S, HostedNode, Nodes
 from .ref import Ref
-from .supervisor import RestartBudget, RestartPolicy
-
-
-@dataclass(eq=False)
-class _Child:
-    """A supervised actor."""
-
-    actor: Actor
-    name: str
-    node: str
-    budget: RestartBudget
-    incarnation: int = 0
-    ended: int = 0
-    """The last incarnation that has reported its end."""
-    restart: asyncio.Task[None] | None = None
-    """At most one restart is under way."""
-
-
-@dataclass(kw_only=True)
-class _Root(Actor):
-    """The actor `$root`: what nodes report."""
-
-    def __post_init__(self) -> None:
-        self.system: System
-
-    @message(lane=Lane.SYSTEM)
-    async def hello(self, key: str, pid: int) -> None:
-        """A node process is up."""
-        self.system._nodes.on_hello(key)
-
-    @message(lane=Lane.SYSTEM)
-    async def actor_ended(self, name: str, incarnation: int, error: list[str] | None) -> None:
-        """An actor has stopped, or failed with an error as protocol.pack_error writes it."""
-        self.system._on_actor_ended(name, incarnation, error)
-
-    @message(lane=Lane.SYSTEM)
-    async def emit(self, event: str, fields: dict[str, Any]) -> None:
-        """A line for events.jsonl."""
-        self.system.events.write(event, **fields)
+from .root import Root
+from .rundir import RunDirectory, claim
+from .strategy import Group, Strategy, Supervisor
+from .supervisor import RestartPolicy
+from .survey import drain_nodes, survey
 
 
 class System:
     """A running system. Use as an async context manager; leaving it stops everything."""
 
     def __init__(
-        self, run_dir: Path | None = None, *, nodes: Mapping[str, NodeSpec] | None = None, seed: int = 0
+        self,
+        run_dir: Path | RunDirectory | None = None,
+        *,
+        nodes: Mapping[str, NodeSpec] | None = None,
+        seed: int = 0,
+        max_state_bytes: int = 256 << 20,
     ) -> None:
-        """`run_dir`: where events.jsonl and logs/ go; None for a temporary one. `nodes`: specs of nodes that need
-        more than a name; others are made as actors ask for them."""
+        """`run_dir`: where events.jsonl and logs/ go; None for a temporary one. A path is claimed: entering raises
+        DirectoryInUse if another system works there; a RunDirectory has been claimed already. `nodes`: specs of nodes
+        that need more than a name; others are made as actors ask for them. `max_state_bytes`: for all snapshots of
+        actors together."""
         self._given_dir = run_dir
         self.run_dir: Path
         """Where events.jsonl and logs/ are."""
         self.failed: asyncio.Future[None]
         """Raises RestartBudgetExceeded or LaunchError when the system can't go on."""
-        self.restarts: Counter[str] = Counter()
-        """Restarts by actor."""
         self._specs = dict(nodes or {})
-        self._seed = seed
+        self._supervisor = Supervisor(seed)
+        self._snapshots = Snapshots(max_state_bytes)
         self._nodes: Nodes
-        self._children: dict[str, _Child] = {}
-        self._revivals: dict[str, asyncio.Task[None]] = {}
-        """What brings a dead node back; at most one each."""
+        self._children: Children
+        self._claim = -1
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped: asyncio.Task[None] | None = None
+
+    @property
+    def restarts(self) -> Counter[str]:
+        """Restarts by actor."""
+        return self._children.restarts
 
     async def __aenter__(self) -> Self:
         self.failed = asyncio.get_running_loop().create_future()
         # Sockets live in a private directory (mode 0700) with a short path: ipc allows 107 bytes.
         self._scratch = Path(tempfile.mkdtemp(prefix="headrace-"))
         try:
-            self.run_dir = self._given_dir or self._scratch
-            (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+            self._open_run_dir()
             self.events = EventLog(self.run_dir / "events.jsonl")
             try:
                 await self._open_root()
@@ -121,50 +95,48 @@ class System:
                 self.events.close()
                 raise
         except BaseException:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._give_back()
             raise
         self.events.write("system_start", pid=os.getpid(), run_dir=str(self.run_dir))
         return self
 
+    def _open_run_dir(self) -> None:
+        given = self._given_dir
+        self.run_dir = given.path if isinstance(given, RunDirectory) else given or self._scratch
+        (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        if isinstance(given, Path):
+            self._claim = claim(given)
+
+    def _give_back(self) -> None:
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._claim >= 0:
+            os.close(self._claim)
+            self._claim = -1
+
     async def _open_root(self) -> None:
         self.node = Node(f"{ROOT}#1", f"ipc://{self._scratch}/{ROOT}-1", self.events)
-        status = Status(name="$root", node=self.node.key, state="up", incarnation=1, **interface_of(_Root))
+        status = Status(name="$root", node=self.node.key, state="up", incarnation=1, **interface_of(Root))
         self._nodes = Nodes(
             self.node, [status], self._specs, self.events, sockets=self._scratch, logs=self.run_dir / "logs",
             on_death=self._on_node_death, start_task=self._task,
         )  # fmt: skip
+        self._hosting = Hosting(self.node, self._nodes, self._snapshots, self.events)
+        self._children = Children(self._hosting, self._supervisor, self.events, self._task, self._fail)
         self._agent = NodeAgent()
         self._agent.done.add_done_callback(self._on_agent_done)
-        actor = _Root()
-        actor.system = self
-        for host, name in ((self._agent, f"$node@{ROOT}"), (actor, "$root")):
+        root = Root(nodes=self._nodes, children=self._children, snapshots=self._snapshots, events=self.events)
+        for host, name in ((self._agent, f"$node@{ROOT}"), (root, "$root")):
             await self._agent.host(self.node, host, name, 1).up
         self._nodes.publish(status, agent_status(self.node.key))
 
     async def __aexit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
         await self.stop("orderly stop" if error is None else f"{type(error).__name__}: {error}")
 
+    # Actors -------------------------------------------------------------------------------------------------
+
     def find(self, name: str) -> Ref:
         """The ref to an actor by name."""
         return self.node.ref(name)
-
-    def tree(self) -> list[dict[str, Any]]:
-        """One row per actor: name, node, pid (0: no process yet), state, incarnation, restarts, reason."""
-        rows, pids = [], self.pids()
-        for child in self._children.values():
-            status = self.node.directory.get(child.name)
-            rows.append(
-                {
-                    "name": child.name, "node": child.node, "pid": pids.get(child.node, 0),
-                    "state": status.state, "incarnation": status.incarnation,
-                    "restarts": self.restarts[child.name], "reason": status.reason,
-                }
-            )  # fmt: skip
-        return rows
-
-    def pids(self) -> dict[str, int]:
-        """Process id of each node that was started, the root's own first."""
-        return self._nodes.pids()
 
     async def spawn(self, actor: Actor, *, name: str, node: str = ROOT, policy: RestartPolicy | None = None) -> Ref:
         """Starts an actor in a node and returns its ref when its `start` has returned.
@@ -172,43 +144,110 @@ class System:
         Its fields travel to the node; its class must be importable there. Raises what `start` raised, or LaunchError.
         If the node dies meanwhile, the supervisor decides as it does later on, and this waits for what comes of it.
         """
-        if name in self._children:
-            raise ValueError(f"an actor named {name!r} is running; names are unique")
-        _check_name("actor", name, "_/")
-        _check_name("node", node, "_-")
-        class_path(type(actor), here=node == ROOT)  # Refuses at once what no process could load.
-        budget = RestartBudget(name, policy or RestartPolicy(), self._seed)
-        # A name that was in use goes on counting: nothing of the earlier actor may be taken for the new one's.
-        last = self.node.directory.last_incarnation(name)
-        child = self._children[name] = _Child(actor, name, node, budget, last)
-        try:
-            self._set_status(child, "starting", "")
-            await self._nodes.open(node)
-            try:
-                await self._start(child)
-            except ActorDied:
-                if self._nodes[node].ready:
-                    raise
-                await self._revived(name)
-        except BaseException as error:
-            self._set_status(child, "stopped", f"did not start: {_first_line(error)}")
-            del self._children[name]
-            if child.restart is not None:
-                child.restart.cancel()
-            raise
-        return self.find(name)
+        return await self._spawn(actor, name, node, policy, self._supervisor.root)
+
+    def group(
+        self,
+        name: str,
+        *,
+        strategy: Strategy = "one_for_one",
+        policy: RestartPolicy | None = None,
+        parent: ActorGroup | None = None,
+    ) -> ActorGroup:
+        """A new group of actors that are supervised together.
+
+        `strategy`: one_for_one restarts the member that failed, one_for_all all members, rest_for_one also those that
+        were spawned after it. `policy` bounds the restarts of all members together; beyond, the group has failed: it is
+        a failure in `parent`, whose strategy decides, or without one the end of the system (a `temporary` group just
+        stays down). Raises ValueError if the name is in use.
+        """
+        _check_name("group", name, "_-")
+        above = self._supervisor.root.name if parent is None else parent.name
+        return ActorGroup(self, self._supervisor.add_group(name, strategy, policy or RestartPolicy(), above))
 
     def declare(self, name: str, kind: type[Actor]) -> None:
         """Makes a name known before its actor is spawned: calls to it wait for it instead of failing."""
         self._nodes.publish(Status(name=name, node="", state="starting", incarnation=0, **interface_of(kind)))
 
-    async def stop(self, reason: str = "orderly stop", *, patience_s: float | None = None) -> None:
-        """Stops all nodes, in parallel: asks, waits a bounded time, terminates, kills. Safe to call twice."""
+    async def _spawn(self, actor: Actor, name: str, node: str, policy: RestartPolicy | None, group: Group) -> Ref:
+        if name in self._children.table:
+            raise ValueError(f"an actor named {name!r} is running; names are unique")
+        _check_name("actor", name, "_/")
+        _check_name("node", node, "_-")
+        class_path(type(actor), here=node == ROOT)  # Refuses at once what no process could load.
+        # A name that was in use goes on counting: nothing of the earlier actor may be taken for the new one's.
+        last = self.node.directory.last_incarnation(name)
+        self._snapshots.forget(name)
+        await self._children.spawn(Member(name, actor, node, policy or group.policy, group.name, last))
+        return self.find(name)
+
+    # Looking ------------------------------------------------------------------------------------------------
+
+    def tree(self) -> list[dict[str, Any]]:
+        """One row per actor: name, group, node, pid (0: no process yet), state, incarnation, restarts, reason."""
+        rows, pids = [], self.pids()
+        for member in self._children.table.values():
+            status = self.node.directory.get(member.name)
+            rows.append(
+                {
+                    "name": member.name, "group": member.group, "node": member.node, "pid": pids.get(member.node, 0),
+                    "state": status.state, "incarnation": status.incarnation,
+                    "restarts": self.restarts[member.name], "reason": status.reason,
+                }
+            )  # fmt: skip
+        return rows
+
+    def groups(self) -> list[dict[str, Any]]:
+        """One row per group: name, parent, strategy, epoch, restarts that its members needed, number of members."""
+        return [
+            {
+                "name": group.name, "parent": "" if group.parent is None else group.parent.name,
+                "strategy": group.strategy, "epoch": group.epoch, "restarts": group.budget.total,
+                "members": len(group.children),
+            }
+            for group in self._supervisor.groups.values()
+        ]  # fmt: skip
+
+    def pids(self) -> dict[str, int]:
+        """Process id of each node that was started, the root's own first."""
+        return self._nodes.pids()
+
+    async def waits(self, *, within_s: float = 1.0) -> list[dict[str, Any]]:
+        """Who waits for whom, for which message, why, since when and until when (seconds from now), in all nodes; also
+        which restarts the supervisor holds back, and why.
+
+        A node that does not answer within `within_s` has one row, with `unanswered`: why.
+        """
+        return await self._survey(self.node.waits.rows() + self._children.waits(), "waits", within_s)
+
+    async def dead_letters(self, *, within_s: float = 1.0) -> list[dict[str, Any]]:
+        """The last messages of each node that could not be delivered, and why; silent nodes as in `waits`."""
+        return await self._survey(list(self.node.dead_letters), "dead_letters", within_s)
+
+    async def counters(self, *, within_s: float = 1.0) -> list[dict[str, Any]]:
+        """What was counted in each node, a row each; silent nodes as in `waits`."""
+        return await self._survey([dict(self.node.counters)], "counters", within_s)
+
+    async def _survey(self, own: list[dict[str, Any]], what: str, within_s: float) -> list[dict[str, Any]]:
+        return await survey(self.node, own, [name for name in self._nodes.names() if name != ROOT], what, within_s)
+
+    # Stopping -----------------------------------------------------------------------------------------------
+
+    async def stop(self, reason: str = "orderly stop", *, patience_s: float | None = None, drain: bool = False) -> None:
+        """Stops all nodes, in parallel: asks, waits `patience_s`, terminates, kills. Safe to call twice.
+
+        `drain`: first lets the actors handle what is in their mailboxes, and what comes of it, within `patience_s`.
+        """
         if self._stopped is None:
-            self._stopped = asyncio.get_running_loop().create_task(self._stop(reason, patience_s))
+            self._stopped = asyncio.get_running_loop().create_task(self._stop(reason, patience_s, drain))
         await asyncio.shield(self._stopped)
 
-    async def _stop(self, reason: str, patience_s: float | None) -> None:
+    async def _stop(self, reason: str, patience_s: float | None, drain: bool) -> None:
+        if drain:
+            patience = STOP_NODE_S if patience_s is None else patience_s
+            if not await drain_nodes(self.node, self._nodes.names(), patience):
+                self.events.write("drain_late", reason=f"the actors had not finished their work after {patience:g} s")
+        self._children.close()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -219,129 +258,24 @@ class System:
         await self.node.close()
         self.events.write("system_stop", reason=reason)
         self.events.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._give_back()
         if self.failed.done():
             self.failed.exception()  # Who did not ask why it failed does not want to know.
         else:
             self.failed.cancel()
 
-    # Nodes --------------------------------------------------------------------------------------------------
+    # What happens -------------------------------------------------------------------------------------------
 
-    def _on_node_death(self, node: HostedNode, reason: str) -> list[Status]:
-        residents = [child for child in self._children.values() if child.node == node.name]
-        for task in (self._revivals.get(node.name), *(child.restart for child in residents)):
-            if task is not None:
-                task.cancel()
-        self._revivals[node.name] = self._task(self._revive(node, residents, reason))
-        return [self._status(child, "down", f"its node ended: {reason}") for child in residents]
-
-    async def _revive(self, node: HostedNode, residents: list[_Child], reason: str) -> None:
-        """Opens a dead node again with its actors; if it dies as it starts, as often as their budgets allow."""
-        while True:
-            delays = [(child, self._delay(child, reason)) for child in residents]
-            residents = [child for child, delay in delays if delay is not None]
-            if not residents:
-                return
-            await asyncio.sleep(max(delay for _, delay in delays if delay is not None))
-            try:
-                await self._nodes.open(node.name)
-            except LaunchError as error:
-                reason = str(error)
-                self.events.write("node_start_failed", node=node.name, reason=reason)
-            else:
-                break
-        for child in residents:
-            child.restart = self._task(self._restart(child, 0.0, reason))
-
-    # Actors -------------------------------------------------------------------------------------------------
-
-    async def _start(self, child: _Child) -> None:
-        node = self._nodes[child.node]
-        if not node.ready:
-            raise ActorDied(f"{child.name}: its node {node.key} is down")
-        child.incarnation += 1
-        self._set_status(child, "starting", "")
-        kind = type(child.actor)
-        path = class_path(kind, here=child.node == ROOT)
-        fields = {f.name: getattr(child.actor, f.name) for f in dataclasses.fields(child.actor) if f.init}  # type: ignore[arg-type]
-        agent = self.find(f"$node@{child.node}")
-        async with timeout(child.budget.policy.start_s):
-            await agent.spawn(child.name, child.incarnation, path, dumps(fields))
-        if not node.ready:
-            raise ActorDied(f"{child.name}: its node {node.key} died as it started")
-        if child.ended < child.incarnation:
-            self._set_status(child, "up", "")
-            pid = self.pids()[child.node]
-            self.events.write("actor_up", actor=child.name, node=child.node, incarnation=child.incarnation, pid=pid)
-
-    async def _revived(self, name: str) -> None:
-        """Waits until an actor is up again. Raises ActorDied if it stays down, or what the system failed with."""
-        up = asyncio.ensure_future(self.node.directory.when_up(name))
-        ends: list[asyncio.Future[Any]] = [up, self.failed]
-        try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if not up.done():
-                self.failed.result()
-            up.result()
-        finally:
-            up.cancel()
-
-    def _on_actor_ended(self, name: str, incarnation: int, error: list[str] | None) -> None:
-        child = self._children.get(name)
-        if child is None or self._stopped is not None or incarnation != child.incarnation:
-            return
-        child.ended = incarnation
-        reason = "stopped by itself" if error is None else f"{error[0]}: {error[1]}"
-        trace = "" if error is None else error[2]
-        self.events.write("actor_exit", actor=name, incarnation=incarnation, reason=reason, traceback=trace)
-        self._set_status(child, "down", reason)
-        if error is None and not child.budget.after_stop():
-            self._set_status(child, "stopped", reason)
-            return
-        try:
-            delay = self._delay(child, reason)
-        except RestartBudgetExceeded as exceeded:
-            self._fail(exceeded)
-            return
-        if delay is not None:
-            child.restart = self._task(self._restart(child, delay, reason))
-
-    def _delay(self, child: _Child, reason: str) -> float | None:
-        """Seconds until its next restart; None if there will be none: it has stopped. Raises RestartBudgetExceeded."""
-        delay = child.budget.after_failure(asyncio.get_running_loop().time(), reason)
-        if delay is None:
-            self._set_status(child, "stopped", reason)
-        return delay
-
-    async def _restart(self, child: _Child, delay: float, reason: str) -> None:
-        await asyncio.sleep(delay)
-        if self._children.get(child.name) is not child:
-            return  # Its `spawn` was given up meanwhile.
-        self.restarts[child.name] += 1
-        self.events.write("actor_restart", actor=child.name, restart=self.restarts[child.name], reason=reason)
-        try:
-            await self._start(child)
-        except (RuntimeFault, TimeoutError) as error:
-            if not self._nodes[child.node].ready:
-                return  # Its node died meanwhile, and comes back with all its actors.
-            trace = error.remote_traceback if isinstance(error, RemoteError) else ""
-            self._on_actor_ended(child.name, child.incarnation, ["did not start", _first_line(error), trace])
-
-    def _status(self, child: _Child, state: Any, reason: str) -> Status:
-        return Status(
-            name=child.name, node=self._nodes[child.node].key, state=state, incarnation=child.incarnation,
-            reason=reason, **interface_of(type(child.actor)),
-        )  # fmt: skip
-
-    def _set_status(self, child: _Child, state: Any, reason: str) -> None:
-        self._nodes.publish(self._status(child, state, reason))
-
-    # When nothing helps -------------------------------------------------------------------------------------
+    def _on_node_death(self, node: HostedNode, exit: Exit) -> list[Status]:
+        why = Exit(kind=exit.kind, detail=f"its node ended: {exit}", code=exit.code, traceback=exit.traceback)
+        residents = self._children.node_died(node.name, why)
+        down = [member for member in residents if self._supervisor.children[member.name].state != "retired"]
+        return [self._hosting.status(member, "down", why) for member in down]
 
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():
             self.failed.set_exception(error)
-            self.events.write("system_failed", reason=_first_line(error))
+            self.events.write("system_failed", reason=first_line(error))
 
     def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -365,9 +299,3 @@ def _check_name(what: str, name: str, marks: str) -> None:
     """Names appear in logs, paths and configuration keys."""
     if not name.isascii() or not all(part.isalnum() for part in re.split(f"[{marks}]", name.strip("_"))):
         raise ValueError(f"{what} name {name!r}: use letters, digits and {' '.join(marks)}")
-
-
-def _first_line(error: BaseException) -> str:
-    """What happened, without the remote traceback; of a `start` that raised, only what it raised."""
-    text = str(error.args[0] if isinstance(error, RemoteError) else error)
-    return text.partition(".spawn raised ")[2] or text or type(error).__name__

@@ -142,9 +142,9 @@ def test_what_was_resolved_loads_to_the_same() -> None:
     [
         # tables
         ("[paint]", "[pant]", 'c.toml:11: [pant]: unknown table; did you mean "paint"?'),
-        ("[paint]", "[zz]\n[paint]", "c.toml:11: [zz]: unknown table; known are run, nodes, actors, paint"),
-        ("\n[run]", "x = 1\n[run]", "c.toml:1: x: this key belongs into a table; tables are run, nodes, actors, paint"),
-        ("[paint]", "[x]", "c.toml:11: [x]: unknown table; known are run, nodes, actors, paint"),
+        ("[paint]", "[zz]\n[paint]", "c.toml:11: [zz]: unknown table; known are run, nodes, groups, actors, paint"),
+        ("\n[run]", "x = 1\n[run]", "x: this key belongs into a table; tables are run, nodes, groups, actors, paint"),
+        ("[paint]", "[x]", "c.toml:11: [x]: unknown table; known are run, nodes, groups, actors, paint"),
         # keys
         ("seed", "sed", 'c.toml:4: [run] sed: unknown key; did you mean "seed"?'),
         ("threads", "cores", "c.toml:7: [nodes.wall] cores: unknown key; known are launcher, threads, env"),
@@ -231,3 +231,49 @@ def test_the_schema_loads_neither_torch_nor_rich() -> None:
     code = "import sys, headrace.runtime.cluster; print({'torch', 'rich', 'zmq'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() in ("set()", "{'zmq'}")
+
+
+GROUPS = """
+[groups.crew]
+strategy = "one_for_all"
+max_restarts = 3
+[groups.painters]
+parent = "crew"
+[actors.ann]
+class = "village:Painter"
+group = "painters"
+[actors.bob]
+class = "village:Painter"
+group = "crew"
+[actors.eve]
+class = "village:Painter"
+group = "crew"
+restart = "temporary"
+"""
+
+
+def test_groups_are_supervised_together_and_give_their_policy_to_members_that_have_none() -> None:
+    cluster, tables = load(GOOD.partition("[actors.ann]")[0] + GROUPS)
+    assert [(name, group.strategy, group.parent) for name, group in cluster.groups.items()] == [
+        ("crew", "one_for_all", "root"), ("painters", "one_for_one", "crew"),
+    ]  # fmt: skip
+    ann, bob, eve = cluster.actors.values()
+    assert (ann.group, bob.group) == ("painters", "crew")
+    assert (bob.policy.max_restarts, bob.policy.restart) == (3, "permanent")
+    assert (eve.policy.max_restarts, eve.policy.restart) == (8, "temporary")
+    again, _ = load(toml.dump(to_table(cluster, tables)))
+    assert again == cluster
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ('"one_for_all"', '"one_for_al"', "[groups.crew] strategy: must be"),
+        ('parent = "crew"', 'parent = "crow"', 'there is no group "crow"; did you mean "crew"?'),
+        ('group = "painters"', 'group = "others"', 'there is no group "others"; add [groups.others] above, or take'),
+        ("[groups.crew]", "[groups.root]", '"root" is the group of all that names no other'),
+        ("max_restarts = 3", "max_restart = 3", 'unknown key; did you mean "max_restarts"?'),
+    ],
+)
+def test_mistakes_in_groups_are_named(old: str, new: str, text: str) -> None:
+    assert text in message(GOOD.partition("[actors.ann]")[0] + GROUPS.replace(old, new, 1))

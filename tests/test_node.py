@@ -25,6 +25,7 @@ from headrace.runtime.errors import (
     UnknownMessage,
 )
 from headrace.runtime.events import EventLog
+from headrace.runtime.exits import Exit
 from headrace.runtime.node import Node
 from headrace.runtime.protocol import CALL_WINDOW, STREAM_WINDOW, Kind, pack_error, unpack_error
 
@@ -402,7 +403,7 @@ async def test_a_message_past_its_deadline_is_dropped_unexecuted_counted_and_cos
 async def test_a_call_to_a_restarting_actor_waits_for_it(net):
     _, task = await net.host("b", Echo(), "echo")
     echo, status = net["a"].ref("echo"), net["a"].directory.get("echo")
-    net.tell(replace(status, state="down", reason="KeyError: 'x'"))
+    net.tell(replace(status, state="down", exit=Exit(kind="exception", detail="KeyError: 'x'")))
     with pytest.raises(ActorDied, match=r"echo is not up \(KeyError: 'x'\); a call would wait"):
         echo.note.cast(1)
     with pytest.raises(DeadlineExceeded, match="it is down"):
@@ -418,7 +419,9 @@ async def test_a_call_to_a_restarting_actor_waits_for_it(net):
 
 
 async def test_a_call_to_a_stopped_actor_fails_at_once(net, echo):
-    net.tell(replace(net["a"].directory.get("echo"), state="stopped", reason="it was temporary"))
+    net.tell(
+        replace(net["a"].directory.get("echo"), state="stopped", exit=Exit(kind="exception", detail="it was temporary"))
+    )
     with pytest.raises(ActorDied, match="echo has stopped for good: it was temporary"):
         await echo.echo(1)
 
@@ -603,7 +606,7 @@ async def test_a_dead_node_ends_waits_here_and_is_fenced(net):
     queued = [asyncio.create_task(small.note(i)) for i in range(6)]
     await until(lambda: len(cell.turns) == 4)
     net["a"].peer_down("b#1", "killed by SIGKILL")
-    net["a"].directory.update(replace(status, state="down", reason="its node died"))
+    net["a"].directory.update(replace(status, state="down", exit=Exit(kind="exception", detail="its node died")))
     for task in [holding, *queued[:4]]:
         with pytest.raises(ActorDied, match=r"waits for small.*, but its node b#1 died: killed by SIGKILL"):
             await task

@@ -104,7 +104,8 @@ async def test_actors_in_three_processes_call_cast_and_stream(system):
     rows = {row["name"]: row for row in system.tree()}
     assert set(rows) == {"echo", "relay", "streamer", "here"}
     assert rows["echo"] == {
-        "name": "echo", "node": "one", "pid": pids["one"], "state": "up", "incarnation": 1, "restarts": 0, "reason": "",
+        "name": "echo", "group": "root", "node": "one", "pid": pids["one"],
+        "state": "up", "incarnation": 1, "restarts": 0, "reason": "",
     }  # fmt: skip
 
 
@@ -491,6 +492,8 @@ ROOT_PROGRAM = textwrap.dedent("""
             system.find("f").hang_loop.cast()
             print(*[p for n, p in system.pids().items() if n != "root"], flush=True)
             starting = asyncio.create_task(system.spawn(Echo(), name="late", node="late"))
+            while "late" not in system.pids():
+                await asyncio.sleep(0)
             await asyncio.sleep(float(sys.argv[1]))
             print(system.pids()["late"], flush=True)
             await asyncio.sleep(60)
