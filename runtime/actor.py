@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
 from .deadline import unlimited
-from .mailbox import Lane
+from .mailbox import MAILBOX_BYTES, Lane
 from .thread import WorkThread
 
 if TYPE_CHECKING:
@@ -102,6 +102,9 @@ class Actor:
 
     mailbox_capacity: ClassVar[int] = 1024
     """Messages of each lane that may wait; see mailbox.py for what happens beyond."""
+
+    mailbox_bytes: ClassVar[int] = MAILBOX_BYTES
+    """Bytes of each lane that may wait; a single larger message is taken when none waits."""
 
     _node: Node | None = None
     _name: str = ""

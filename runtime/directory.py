@@ -17,7 +17,7 @@ from typing import Literal
 from .codec import wire
 from .errors import ActorDied, UnknownActor, UnknownMessage
 from .mailbox import Lane
-from .protocol import CALL_WINDOW
+from .protocol import CALL_WINDOW, CALL_WINDOW_BYTES
 
 
 @wire
@@ -37,7 +37,9 @@ class Status:
     messages: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Lane and default deadline in seconds of each @message."""
     window: int = CALL_WINDOW
-    """Messages of one node that may be under way to it."""
+    """Messages of one node that may be under way to each of its lanes."""
+    window_bytes: int = CALL_WINDOW_BYTES
+    """The same in bytes."""
 
     def message(self, method: str) -> tuple[Lane, float]:
         """How a message to it travels. Raises UnknownMessage, with those it has."""

@@ -37,8 +37,13 @@ async def test_a_full_lane_refuses_and_leaves_the_others_open():
 async def test_room_waits_until_something_is_taken():
     mailbox = Mailbox(1)
     mailbox.put(1, Lane.NORMAL)
-    waiting = [asyncio.create_task(mailbox.room(Lane.NORMAL)) for _ in range(2)]
-    await asyncio.wait_for(mailbox.room(Lane.CONTROL), 5)
+
+    async def ask(lane):
+        async with mailbox.room(lane):
+            pass
+
+    waiting = [asyncio.create_task(ask(Lane.NORMAL)) for _ in range(2)]
+    await asyncio.wait_for(ask(Lane.CONTROL), 5)
     await asyncio.sleep(0)
     assert not any(task.done() for task in waiting)
     assert await mailbox.get() == 1
