@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
 from .deadline import unlimited
-from .mailbox import Lane
+from .mailbox import MAILBOX_BYTES, Lane
 from .thread import WorkThread
 
 if TYPE_CHECKING:
@@ -107,6 +107,9 @@ class Actor:
 
     snapshot_every_s: ClassVar[float | None] = None
     """How often `snapshot` is taken; None: only when the actor calls `save`."""
+
+    mailbox_bytes: ClassVar[int] = MAILBOX_BYTES
+    """Bytes of each lane that may wait; a single larger message is taken when none waits."""
 
     _node: Node | None = None
     _name: str = ""

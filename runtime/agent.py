@@ -31,10 +31,12 @@ CANCEL_S = 1.0
 
 def interface_of(actor: type[Actor]) -> dict[str, Any]:
     """What a class answers, as its directory entry says it."""
+    window, window_bytes = window_of(actor.mailbox_capacity, actor.mailbox_bytes)
     return {
         "class_name": actor.__name__,
         "messages": {name: (int(spec.lane), spec.deadline_s) for name, spec in actor.messages.items()},
-        "window": window_of(actor.mailbox_capacity),
+        "window": window,
+        "window_bytes": window_bytes,
     }
 
 
@@ -171,7 +173,7 @@ class NodeAgent(Actor):
     @message(concurrent=True, lane=Lane.SYSTEM)
     async def waits(self) -> list[dict[str, Any]]:
         """Who in this node waits for whom."""
-        return self._require_node().waits.rows()
+        return self._require_node().wait_rows()
 
     @message(concurrent=True, lane=Lane.SYSTEM)
     async def dead_letters(self) -> list[dict[str, Any]]:
@@ -180,7 +182,7 @@ class NodeAgent(Actor):
 
     @message(concurrent=True, lane=Lane.SYSTEM)
     async def counters(self) -> dict[str, int]:
-        """What was counted here."""
+        """What was sent, handled, lost, refused here; see node.py."""
         return dict(self._require_node().counters)
 
     def _require_node(self) -> Node:

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, Protocol
 
-from .actor import Actor, MessageSpec
-from .deadline import set_limit
+from .actor import Actor
+from .deadline import enter
 from .errors import ActorDied, DeadlineExceeded, MailboxFull, RuntimeFault, UnknownMessage
-from .mailbox import CreditWindow, Lane, Mailbox
-from .protocol import STREAM_WINDOW, Kind, window_of
+from .mailbox import CreditDebt, CreditWindow, Lane, Mailbox
+from .protocol import KIND_NAMES, STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, window_of
 
 STOP_S = 5.0
 """Time that an actor's `stop` may take."""
@@ -29,42 +30,88 @@ SLICE_S = 0.001
 """Turns follow each other at once for so long; then the loop's other work has its turn."""
 
 
-@dataclass(slots=True, eq=False)
-class Delivery:
-    """One message for one cell, already decoded."""
+class Door:
+    """Where the messages of one kind from one node come in. Open as long as the cell behind it is there."""
 
-    kind: Kind
-    id: int
-    origin: str
-    """Key of the sending node."""
-    method: str
-    lane: Lane
-    deadline: float | None
-    """Loop time, or None."""
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    credited: bool = False
-    """It came by a credit of its sender, which gets it back when the message has left the mailbox."""
+    cell: Cell | None = None
+    mailbox: Mailbox[Delivery]
+    handler: Callable[..., Any]
+    kind: str
+    debt: CreditDebt | None = None
+    """Its messages come by credits of their sender, which gets them back when they have left the mailbox."""
+
+    def __init__(self, origin: str, actor: str, method: str, lane: Lane, incarnation: int) -> None:
+        """`origin`: key of the sending node."""
+        self.origin = origin
+        self.actor = actor
+        self.method = method
+        self.lane = lane
+        self.incarnation = incarnation
+        self.counted = lane is not Lane.SYSTEM
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Queues a message. Raises UnknownMessage, MailboxFull."""
+        if (self.kind == "stream") != (delivery.kind == Kind.STREAM):
+            remedy = "it answers many times: ask it with .stream(...)" if self.kind == "stream" else "call it instead"
+            raise UnknownMessage(f"{self.actor}.{self.method} is no {KIND_NAMES[delivery.kind]}; {remedy}")
+        try:
+            self.mailbox.put(delivery, self.lane, delivery.size, credited=self.debt is not None)
+        except MailboxFull as error:
+            raise MailboxFull(f"{self.actor}: {error}; slow down, or call, which waits for room") from None
+
+
+class Delivery:
+    """One message for one cell, already decoded. While it is handled it is the scope (deadline.py) of its handler."""
+
+    chosen = False
     window: CreditWindow | None = None
     """For a stream: items that may be under way to the caller."""
-    withdrawn: bool = False
+    items = 0
+    """For a stream: items that have been sent."""
+    withdrawn = False
     """The caller has given it up."""
+
+    def __init__(
+        self, kind: int, id: int, door: Door, since: float, limit: float, args: list[Any] | tuple[Any, ...],
+        kwargs: dict[str, Any], size: int,
+    ) -> None:  # fmt: skip
+        """`since`, `limit`: loop time when it came, and by when it must be done. `size`: in bytes."""
+        self.kind = kind
+        self.id = id
+        self.door = door
+        self.since = since
+        self.limit = limit
+        self.args = args
+        self.kwargs = kwargs
+        self.size = size
 
     @property
     def key(self) -> tuple[str, int]:
-        return self.origin, self.id
+        return self.door.origin, self.id
+
+    @property
+    def owner(self) -> str:
+        return f"{self.door.actor}.{self.door.method}"
 
 
 class Answers(Protocol):
     """What a cell needs of its node."""
 
-    def answer(self, delivery: Delivery, kind: Kind, value: Any) -> None:
-        """Sends an answer. Raises CodecError if the value can't travel."""
+    counters: Counter[str]
 
-    def taken(self, delivery: Delivery, actor: str) -> None:
-        """A message has left the mailbox."""
+    def answer(self, delivery: Delivery, kind: int, value: Any) -> int:
+        """Sends an answer; returns its size in bytes. Raises CodecError if the value can't travel."""
 
-    def dead_letter(self, delivery: Delivery, actor: str, error: RuntimeFault) -> None:
+    def acknowledge(self, delivery: Delivery, what: str) -> None:
+        """Tells the caller what became of a message that it has withdrawn, and that it does not run."""
+
+    def shut(self, cell: Cell) -> None:
+        """Forgets the doors that lead to a cell."""
+
+    def pay(self, sender: str, actor: str, lane: Lane, messages: int, size: int) -> None:
+        """Returns credits to a node."""
+
+    def dead_letter(self, delivery: Delivery, error: RuntimeFault, *, begun: bool = False) -> None:
         """A message will not be handled to its end: keeps it on record and tells its sender."""
 
 
@@ -92,69 +139,78 @@ class Cell:
         self.actor = actor
         self.name = name
         self.incarnation = incarnation
-        self.turns: Mailbox[Delivery] = Mailbox(actor.mailbox_capacity)
-        self.overlapping: Mailbox[Delivery] = Mailbox(actor.mailbox_capacity)
-        self.window = window_of(actor.mailbox_capacity)
+        self.turns: Mailbox[Delivery] = Mailbox(actor.mailbox_capacity, actor.mailbox_bytes)
+        self.overlapping: Mailbox[Delivery] = Mailbox(actor.mailbox_capacity, actor.mailbox_bytes)
         self.up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when `start` has returned; carries its exception if it raised."""
         self.memory: Memory | None = None
         self.handled = 0
         """Messages whose handler was begun."""
         self._node = node
+        self._clock = asyncio.get_running_loop().time
+        self._debts: dict[tuple[str, Lane], CreditDebt] = {}
+        self._turn: tuple[asyncio.Task[None], Delivery] | None = None
         self._running: dict[tuple[str, int], tuple[asyncio.Task[None], Delivery]] = {}
+        """Messages that overlap."""
         self._closing = asyncio.Event()
         self._starting: asyncio.Task[None] | None = None
 
-    def deliver(self, delivery: Delivery) -> None:
-        """Queues a message. Raises UnknownMessage, MailboxFull."""
-        spec = self.actor.messages.get(delivery.method)
+    def open(self, door: Door, *, credited: bool) -> None:
+        """Makes a door lead here. Raises UnknownMessage."""
+        spec = self.actor.messages.get(door.method)
         if spec is None:
-            raise UnknownMessage(f"{self.name} ({type(self.actor).__name__}) has no @message {delivery.method!r}")
-        if (spec.kind == "stream") != (delivery.kind is Kind.STREAM):
-            remedy = "it answers many times: ask it with .stream(...)" if spec.kind == "stream" else "call it instead"
-            raise UnknownMessage(f"{self.name}.{delivery.method} is no {delivery.kind.name.lower()}; {remedy}")
-        try:
-            self._mailbox(spec).put(delivery, delivery.lane, credited=delivery.credited)
-        except MailboxFull as error:
-            raise MailboxFull(f"{self.name}: {error}; slow down, or call, which waits for room") from None
+            raise UnknownMessage(f"{self.name} ({type(self.actor).__name__}) has no @message {door.method!r}")
+        door.mailbox = self.overlapping if spec.concurrent else self.turns
+        door.handler = getattr(self.actor, door.method)
+        door.kind = spec.kind
+        if credited:
+            window = window_of(self.actor.mailbox_capacity, self.actor.mailbox_bytes)
+            door.debt = self._debts.setdefault((door.origin, door.lane), CreditDebt(*window))
+        door.cell = self
 
-    async def room(self, method: str, lane: Lane) -> None:
-        """Waits until `deliver` would not raise MailboxFull."""
-        spec = self.actor.messages.get(method)
-        if spec is not None:
-            await self._mailbox(spec).room(lane)
-
-    def cancel(self, key: tuple[str, int]) -> None:
-        """Stops the handler of one message, running or not yet begun."""
-        if key in self._running:
-            task, delivery = self._running[key]
+    def cancel(self, key: tuple[str, int]) -> bool:
+        """Stops the handler of one message, running or not yet begun, which is acknowledged as soon as it does not run.
+        False if there is none."""
+        working = self._running.get(key) or self._turn
+        if working is not None and working[1].key == key:
+            task, delivery = working
             delivery.withdrawn = True
             task.cancel()
-            return
-        for delivery in self._remove(lambda waiting: waiting.key == key):
-            self._node.taken(delivery, self.name)
+            return True
+        removed = self._remove(lambda waiting: waiting.id == key[1] and waiting.key == key)
+        for delivery in removed:
+            self._node.counters["withdrawn"] += delivery.door.counted
+            self._node.acknowledge(delivery, "never begun")
+        return bool(removed)
 
     def cancel_origin(self, origin: str) -> None:
         """Stops what a node that is gone waited for. Its casts are handled: nobody waits for them anyway."""
-        for key, (_, delivery) in list(self._running.items()):
-            if key[0] == origin and delivery.kind is not Kind.CAST:
+        for key, (_, delivery) in [*self._running.items(), *([(self._turn[1].key, self._turn)] if self._turn else [])]:
+            if key[0] == origin and delivery.kind != Kind.CAST:
                 self.cancel(key)
-        self._remove(lambda waiting: waiting.origin == origin and waiting.kind is not Kind.CAST)
+        removed = self._remove(lambda waiting: waiting.door.origin == origin and waiting.kind != Kind.CAST)
+        self._node.counters["withdrawn"] += sum(delivery.door.counted for delivery in removed)
+        self._debts = {slot: debt for slot, debt in self._debts.items() if slot[0] != origin}
 
     @property
     def idle(self) -> bool:
         """Nothing is handled, and nothing waits."""
-        return not (self._running or len(self.turns) or len(self.overlapping))
+        return not (self._running or self._turn or len(self.turns) or len(self.overlapping))
 
     @property
     def between_turns(self) -> bool:
         """No message that takes turns is being handled."""
-        return all(self.actor.messages[delivery.method].concurrent for _, delivery in self._running.values())
+        return self._turn is None
 
     def stream(self, key: tuple[str, int]) -> CreditWindow | None:
         """The credits of a stream that is being answered, or None."""
-        running = self._running.get(key)
-        return None if running is None else running[1].window
+        working = self._running.get(key) or self._turn
+        return working[1].window if working is not None and working[1].key == key else None
+
+    def at_work(self) -> list[Delivery]:
+        """The messages that are being handled."""
+        turn = [] if self._turn is None else [self._turn[1]]
+        return [*turn, *(delivery for _, delivery in self._running.values())]
 
     def close(self) -> None:
         """Asks the cell to stop. `start` and handlers at work are cancelled; what runs on a thread is waited for."""
@@ -208,10 +264,12 @@ class Cell:
             self.actor._thread.close()
         why = f"the actor stopped ({reason or 'in good order'}) before its turn"
         for delivery in self._remove(lambda _: True):
-            self._node.taken(delivery, self.name)
-            self._node.dead_letter(
-                delivery, self.name, ActorDied(f"{self.name}.{delivery.method} did not run: {why}; ask again")
-            )
+            died = ActorDied(f"{delivery.owner} did not run: {why}; ask again")
+            self._node.dead_letter(delivery, died)
+        self._node.shut(self)
+        for (sender, lane), debt in self._debts.items():
+            if debt.messages:
+                self._node.pay(sender, self.name, lane, *debt.pay())
         if not self.up.done():
             if reason is None or isinstance(reason, asyncio.CancelledError):
                 reason = ActorDied(f"{self.name} was stopped before it was up")
@@ -222,97 +280,116 @@ class Cell:
         """Handles messages one after the other, in this task: a task for each would cost more than most turns."""
         task = asyncio.current_task()
         assert task is not None
-        began = time.perf_counter()
+        mailbox, now = self.turns, time.perf_counter
+        began = now()
         while True:
-            delivery = await self._next(self.turns)
-            task.set_name(f"{self.name}.{delivery.method}")
-            self._running[delivery.key] = task, delivery
+            delivery = mailbox.take()
+            if delivery is None:
+                enter(None)  # An idle actor keeps no arrays alive.
+                delivery = await mailbox.get()
+            if not self._begin(delivery):
+                continue
+            self._turn = task, delivery
             try:
                 await self._handle(delivery)
             except asyncio.CancelledError:
                 if not delivery.withdrawn:
                     self._abandon(delivery)
                     raise
+                self._node.acknowledge(delivery, "stopped")
             finally:
-                del self._running[delivery.key]
+                self._turn = None
             if self.memory is not None:
                 self.memory.turn_ended()
             if delivery.withdrawn and task.uncancel():
                 raise asyncio.CancelledError  # The cell was stopped in the same turn of the loop.
-            if time.perf_counter() - began > SLICE_S:
+            if now() - began > SLICE_S:
                 await asyncio.sleep(0)
-                began = time.perf_counter()
+                began = now()
 
     async def _overlap(self, tasks: asyncio.TaskGroup) -> None:
         """Handles messages as they come, each in a task of its own."""
         while True:
-            delivery = await self._next(self.overlapping)
-            task = tasks.create_task(self._handle(delivery), name=f"{self.name}.{delivery.method}")
-            self._running[delivery.key] = task, delivery
-            task.add_done_callback(partial(self._ended, delivery))
+            delivery = await self.overlapping.get()
+            if self._begin(delivery):
+                task = tasks.create_task(self._handle(delivery), name=delivery.owner)
+                self._running[delivery.key] = task, delivery
+                task.add_done_callback(partial(self._ended, delivery))
+                del task
+            del delivery
 
-    async def _next(self, mailbox: Mailbox[Delivery]) -> Delivery:
-        while True:
-            delivery = await mailbox.get()
-            self._node.taken(delivery, self.name)
-            if delivery.deadline is None or delivery.deadline >= asyncio.get_running_loop().time():
-                return delivery
-            late = f"{self.name}.{delivery.method} did not run: its deadline passed before its turn"
-            self._node.dead_letter(delivery, self.name, DeadlineExceeded(late))
+    def _begin(self, delivery: Delivery) -> bool:
+        """A message has left its mailbox. False if it is too late for it."""
+        self._taken(delivery)
+        if delivery.limit >= self._clock():
+            self.handled += 1
+            self._node.counters["handled"] += delivery.door.counted
+            return True
+        self._node.counters["expired"] += 1
+        late = f"{delivery.owner} did not run: its deadline passed before its turn"
+        self._node.dead_letter(delivery, DeadlineExceeded(late))
+        return False
 
     async def _handle(self, delivery: Delivery) -> None:
-        spec = self.actor.messages[delivery.method]
-        self.handled += 1
-        set_limit(delivery.deadline if spec.kind != "stream" else None)
-        handler: Callable[..., Any] = getattr(self.actor, delivery.method)
+        door = delivery.door
+        enter(delivery)
         try:
-            if spec.kind == "stream":
-                await self._stream(delivery, handler)
-                return
-            if spec.kind == "thread":
-                value = await self.actor.in_thread(partial(handler, *delivery.args, **delivery.kwargs))
+            if door.kind == "async":
+                value = await door.handler(*delivery.args, **delivery.kwargs)
+            elif door.kind == "thread":
+                value = await self.actor.in_thread(partial(door.handler, *delivery.args, **delivery.kwargs))
             else:
-                value = await handler(*delivery.args, **delivery.kwargs)
-            if delivery.kind is Kind.CALL:
+                delivery.limit = inf  # It bounds the wait for each item: what is called for them has its own.
+                await self._stream(delivery, door.handler)
+                return
+            if delivery.kind == Kind.CALL:
                 self._node.answer(delivery, Kind.REPLY, value)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            self._fail(delivery, RuntimeError(f"{delivery.method} awaited something that was cancelled"))
+            self._fail(delivery, RuntimeError(f"{door.method} awaited something that was cancelled"))
         except Exception as error:  # noqa: BLE001 (the edge of an actor: the caller gets it)
             self._fail(delivery, error)
 
     async def _stream(self, delivery: Delivery, handler: Callable[..., Any]) -> None:
-        delivery.window = CreditWindow(STREAM_WINDOW)
+        delivery.window = CreditWindow(STREAM_WINDOW, STREAM_WINDOW_BYTES)
         items = handler(*delivery.args, **delivery.kwargs)
         try:
             async for item in items:
                 await delivery.window.take()
-                self._node.answer(delivery, Kind.ITEM, item)
+                delivery.window.charge(self._node.answer(delivery, Kind.ITEM, item))
+                delivery.items += 1
         finally:
             await items.aclose()
         self._node.answer(delivery, Kind.END, None)
 
-    def _mailbox(self, spec: MessageSpec) -> Mailbox[Delivery]:
-        return self.overlapping if spec.concurrent else self.turns
-
     def _remove(self, matches: Callable[[Delivery], bool]) -> list[Delivery]:
-        return self.turns.remove(matches) + self.overlapping.remove(matches)
+        removed = self.turns.remove(matches) + self.overlapping.remove(matches)
+        for delivery in removed:
+            self._taken(delivery)
+        return removed
+
+    def _taken(self, delivery: Delivery) -> None:
+        door = delivery.door
+        if door.debt is not None and door.debt.add(delivery.size):
+            self._node.pay(door.origin, self.name, door.lane, *door.debt.pay())
 
     def _ended(self, delivery: Delivery, task: asyncio.Task[None]) -> None:
         # Here and not in the handler: a task that is cancelled before its first step runs none of its code.
         del self._running[delivery.key]
-        if task.cancelled() and not delivery.withdrawn:
+        if task.cancelled() and delivery.withdrawn:
+            self._node.acknowledge(delivery, "stopped")
+        elif task.cancelled():
             self._abandon(delivery)
 
     def _abandon(self, delivery: Delivery) -> None:
-        stopped = ActorDied(f"{self.name} stopped while it worked on {delivery.method}; it may have run")
-        self._node.dead_letter(delivery, self.name, stopped)
+        stopped = ActorDied(f"{self.name} stopped while it worked on {delivery.door.method}; it may have run")
+        self._node.dead_letter(delivery, stopped, begun=True)
 
     def _fail(self, delivery: Delivery, error: Exception) -> None:
         """To the caller, or if there is none to the supervisor."""
-        if delivery.kind is Kind.CAST:
+        if delivery.kind == Kind.CAST:
             raise error
         self._node.answer(delivery, Kind.ERROR, error)
 

@@ -17,8 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import msgpack
@@ -38,6 +41,9 @@ OUT_OF_BAND_BYTES = 512
 LEND_BYTES = 256 * 1024
 """Arrays at least this large are offered to `lend`."""
 
+_WEIGHED = 32
+"""Items of a list that `weigh` looks at."""
+
 MAX_DEPTH = 64
 """Nesting of tuples and dataclasses that is still read."""
 
@@ -47,6 +53,8 @@ _PACK_BYTES = 1024
 _ARRAY, _DATACLASS, _TUPLE, _SCALAR, _LENT = 1, 2, 3, 4, 5
 _DTYPES = frozenset("|b1 |u1 |i1 <u2 <i2 <u4 <i4 <u8 <i8 <f2 <f4 <f8".split())
 _MALFORMED = (ValueError, TypeError, OverflowError, RecursionError, msgpack.exceptions.UnpackException)
+
+_unpackb = msgpack.unpackb
 
 T = TypeVar("T")
 _by_name: dict[str, type] = {}
@@ -72,46 +80,11 @@ def encode(value: object, lend: Lend | None = None) -> tuple[bytes, list[Buffer]
 
     Raises CodecError naming the path of what can't travel. Arrays must not be changed until they are sent.
     """
-    buffers: list[Buffer] = []
-
-    def pack(item: object) -> bytes:
-        packed: bytes = msgpack.packb(item, default=default, strict_types=True, buf_size=_PACK_BYTES)
-        return packed
-
-    def default(item: object) -> Any:
-        schema = _schema.get(type(item))
-        if schema is not None:
-            name, crc, fields = schema
-            try:
-                return msgpack.ExtType(_DATACLASS, pack([name, crc, *[getattr(item, field) for field in fields]]))
-            except (CodecError, OverflowError, ValueError, TypeError):
-                for field in fields:
-                    attempt(getattr(item, field), f"{type(item).__name__}.{field}: ")
-                raise
-        if isinstance(item, np.ndarray):
-            return _pack_array(item, buffers, lend)
-        if isinstance(item, tuple):
-            return msgpack.ExtType(_TUPLE, pack(list(item)))
-        if isinstance(item, np.generic) and item.dtype.str in _DTYPES:
-            return msgpack.ExtType(_SCALAR, item.dtype.str.encode() + item.tobytes())
-        if type(item) is int:
-            raise CodecError(f"{item} can't travel in a message; integers have at most 64 bits")
-        raise CodecError(
-            f"{type(item).__module__}.{type(item).__qualname__} can't travel in a message; "
-            "send numpy arrays, plain values or a dataclass marked @wire"
-        )
-
-    def attempt(item: object, path: str) -> bytes:
-        try:
-            return pack(item)
-        except CodecError as error:
-            raise CodecError(f"{path}{error}") from None
-        except RecursionError:
-            raise CodecError(f"{path}{type(item).__name__} is nested too deep, or holds itself") from None
-        except (OverflowError, ValueError, TypeError) as error:
-            raise CodecError(f"{path}{type(item).__name__} can't travel in a message: {error}") from None
-
-    return attempt(value, ""), buffers
+    try:
+        return _plain.pack(value), []
+    except _MALFORMED:
+        encoder = _Encoder(lend)
+        return encoder.attempt(value, ""), encoder.buffers
 
 
 def decode(data: Buffer, buffers: Sequence[Buffer] = (), borrow: Borrow | None = None) -> Any:
@@ -119,37 +92,46 @@ def decode(data: Buffer, buffers: Sequence[Buffer] = (), borrow: Borrow | None =
 
     Raises CodecError for anything that `encode` did not write: truncated, unknown types, bad shapes.
     """
-    depth = 0
-
-    def unpack(packed: Buffer) -> Any:
-        return msgpack.unpackb(packed, ext_hook=ext, strict_map_key=False)
-
-    def ext(code: int, payload: bytes) -> Any:
-        nonlocal depth
-        depth += 1
-        try:
-            if depth > MAX_DEPTH:
-                raise CodecError(f"message nested deeper than {MAX_DEPTH}")
-            if code == _ARRAY:
-                return _unpack_array(payload, buffers)
-            if code == _LENT and borrow is not None:
-                return _unpack_lent(payload, borrow)
-            if code == _TUPLE:
-                return tuple(unpack(payload))
-            if code == _SCALAR:
-                return _unpack_scalar(payload)
-            if code == _DATACLASS:
-                return _build(*unpack(payload))
-        finally:
-            depth -= 1
-        raise CodecError(f"unknown extension type {code}")
-
+    hook = _BARE if not buffers and borrow is None else partial(_extension, 1, buffers, borrow)
     try:
-        return unpack(data)
+        return _unpackb(data, ext_hook=hook, strict_map_key=False)
     except CodecError:
         raise
     except _MALFORMED as error:
         raise CodecError(f"malformed message: {error}") from None
+
+
+def skim(data: Buffer) -> Any:
+    """The plain values of what `decode` refuses, None in place of all others: who sent what, though not the message.
+
+    Raises CodecError.
+    """
+    try:
+        return _unpackb(data, ext_hook=lambda code, payload: None, strict_map_key=False)
+    except _MALFORMED as error:
+        raise CodecError(f"malformed message: {error}") from None
+
+
+def weigh(*values: object) -> int:
+    """About how many bytes values hold, without packing them: their arrays and texts, to some depth; of a long list its
+    first items tell."""
+    return sum(_weigh(value, 4) for value in values)
+
+
+def _weigh(value: object, depth: int) -> int:
+    kind = type(value)
+    if kind is bytes or kind is str:
+        return len(value)  # type: ignore[arg-type]
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if depth and (kind is list or kind is tuple or kind is dict):
+        items = value.values() if isinstance(value, dict) else value
+        weight, length = 0, len(items)  # type: ignore[arg-type]
+        for item in islice(items, _WEIGHED):  # type: ignore[call-overload]
+            weight += _weigh(item, depth - 1)
+        return weight if length <= _WEIGHED else weight * length // _WEIGHED
+    schema = _schema.get(kind) if depth else None
+    return 0 if schema is None else sum(_weigh(getattr(value, field), depth - 1) for field in schema[2])
 
 
 def dumps(value: object) -> bytes:
@@ -167,12 +149,94 @@ def loads(data: bytes) -> Any:
     return decode(pack, buffers)
 
 
+class _Plain(threading.local):
+    """A packer for plain values. It runs no Python code while it packs, so one per thread can be used again and again:
+    a new one for every message would cost more than the packing."""
+
+    def __init__(self) -> None:
+        self.pack: Callable[[object], bytes] = msgpack.Packer(strict_types=True).pack
+
+
+_plain = _Plain()
+
+
+class _Encoder:
+    """Packs one value that is not plain."""
+
+    def __init__(self, lend: Lend | None) -> None:
+        self.buffers: list[Buffer] = []
+        self._lend = lend
+
+    def attempt(self, item: object, path: str) -> bytes:
+        """The packed item. Raises CodecError that begins with `path`."""
+        try:
+            return self._pack(item)
+        except CodecError as error:
+            raise CodecError(f"{path}{error}") from None
+        except RecursionError:
+            raise CodecError(f"{path}{type(item).__name__} is nested too deep, or holds itself") from None
+        except (OverflowError, ValueError, TypeError) as error:
+            raise CodecError(f"{path}{type(item).__name__} can't travel in a message: {error}") from None
+
+    def _pack(self, item: object) -> bytes:
+        packed: bytes = msgpack.packb(item, default=self._extend, strict_types=True, buf_size=_PACK_BYTES)
+        return packed
+
+    def _extend(self, item: object) -> Any:
+        schema = _schema.get(type(item))
+        if schema is not None:
+            return msgpack.ExtType(_DATACLASS, self._pack_dataclass(item, schema))
+        if isinstance(item, np.ndarray):
+            return _pack_array(item, self.buffers, self._lend)
+        if isinstance(item, tuple):
+            return msgpack.ExtType(_TUPLE, self._pack(list(item)))
+        if isinstance(item, np.generic) and item.dtype.str in _DTYPES:
+            return msgpack.ExtType(_SCALAR, item.dtype.str.encode() + item.tobytes())
+        if type(item) is int:
+            raise CodecError(f"{item} can't travel in a message; integers have at most 64 bits")
+        raise CodecError(
+            f"{type(item).__module__}.{type(item).__qualname__} can't travel in a message; "
+            "send numpy arrays, plain values or a dataclass marked @wire"
+        )
+
+    def _pack_dataclass(self, item: object, schema: tuple[str, int, tuple[str, ...]]) -> bytes:
+        name, crc, fields = schema
+        try:
+            return self._pack([name, crc, *[getattr(item, field) for field in fields]])
+        except (CodecError, OverflowError, ValueError, TypeError):
+            for field in fields:
+                self.attempt(getattr(item, field), f"{type(item).__name__}.{field}: ")
+            raise
+
+
+def _extension(depth: int, buffers: Sequence[Buffer], borrow: Borrow | None, code: int, payload: bytes) -> Any:
+    """What stands for an extension; `depth` counts those around it."""
+    if depth > MAX_DEPTH:
+        raise CodecError(f"message nested deeper than {MAX_DEPTH}")
+    if code == _ARRAY:
+        return _unpack_array(payload, buffers)
+    if code == _SCALAR:
+        return _unpack_scalar(payload)
+    if code == _LENT and borrow is not None:
+        return _unpack_lent(payload, borrow)
+    if code in (_TUPLE, _DATACLASS):
+        hook = partial(_extension, depth + 1, buffers, borrow)
+        inner = _unpackb(payload, ext_hook=hook, strict_map_key=False)
+        return tuple(inner) if code == _TUPLE else _build(*inner)
+    raise CodecError(f"unknown extension type {code}")
+
+
+_BARE = partial(_extension, 1, (), None)
+"""For a message without buffers."""
+
+
 def _pack_array(array: np.ndarray, buffers: list[Buffer], lend: Lend | None) -> msgpack.ExtType:
     dtype = array.dtype.str
     if dtype not in _DTYPES:
         raise CodecError(f"arrays of dtype {array.dtype} can't travel; allowed: {', '.join(sorted(_DTYPES))}")
     array = np.ascontiguousarray(array) if not array.flags.c_contiguous else array
-    code, data = _ARRAY, None
+    code: int = _ARRAY
+    data: bytes | int | None = None
     if array.nbytes < OUT_OF_BAND_BYTES:
         data = array.tobytes()
     elif lend is not None and array.nbytes >= LEND_BYTES:

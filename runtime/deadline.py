@@ -11,34 +11,55 @@ import contextvars
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import Context, ContextVar
+from dataclasses import dataclass
+from typing import Protocol
 
 GRACE_S = 0.005
 """A call gives up so much earlier than the block around it: its error says who waited for whom."""
 
-_limit: ContextVar[float | None] = ContextVar("headrace_limit", default=None)
-_chosen: ContextVar[bool] = ContextVar("headrace_chosen", default=False)
+
+class Scope(Protocol):
+    """What a task works on: a message, or a `timeout` block."""
+
+    limit: float
+    """Loop time by which it must be done; inf for none."""
+    chosen: bool
+    """The limit was set by a block around the call, and so replaces the call's own default."""
+
+    @property
+    def owner(self) -> str:
+        """Who works, for those who ask who waits: `actor.method`, or "" outside an actor."""
 
 
-def set_limit(limit: float | None) -> None:
-    """From here on this task works on a message that must be answered by `limit` (loop time), or on none."""
-    _limit.set(limit)
-    _chosen.set(False)
+@dataclass(slots=True)
+class _Block:
+    limit: float
+    owner: str
+    chosen: bool = True
+
+
+_scope: ContextVar[Scope | None] = ContextVar("headrace_scope", default=None)
+
+current_scope = _scope.get
+"""The scope of the code that runs now, or None."""
+
+enter = _scope.set
+"""From here on this task works on something else."""
 
 
 def unlimited() -> Context:
     """The present context for work that outlives the message it was started by, and so has none of its deadline."""
     context = contextvars.copy_context()
-    context.run(set_limit, None)
+    context.run(_scope.set, None)
     return context
 
 
-def deadline_of_call(now: float, own_s: float) -> float:
+def deadline_of_call(scope: Scope | None, now: float, own_s: float) -> float:
     """When a call made at `now` is given up. A `timeout` block decides; without one, whatever comes first of the call's
     own default `own_s` and the limit of the message that is being worked on."""
-    limit = _limit.get()
-    if limit is None:
+    if scope is None:
         return now + own_s
-    return limit if _chosen.get() else min(now + own_s, limit)
+    return scope.limit if scope.chosen else min(now + own_s, scope.limit)
 
 
 @asynccontextmanager
@@ -47,9 +68,9 @@ async def timeout(seconds: float) -> AsyncIterator[None]:
     defaults. Raises TimeoutError; a call inside raises DeadlineExceeded, which is one."""
     loop = asyncio.get_running_loop()
     when = loop.time() + seconds
-    outer = _limit.get()
-    limit = _limit.set(when if outer is None else min(when, outer))
-    chosen = _chosen.set(True)
+    outer = _scope.get()
+    block = _Block(when, "") if outer is None else _Block(min(when, outer.limit), outer.owner)
+    entered = _scope.set(block)
     scope = asyncio.timeout(None)
     try:
         async with scope:
@@ -60,5 +81,4 @@ async def timeout(seconds: float) -> AsyncIterator[None]:
             finally:
                 timer.cancel()
     finally:
-        _limit.reset(limit)
-        _chosen.reset(chosen)
+        _scope.reset(entered)

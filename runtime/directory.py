@@ -20,7 +20,7 @@ from .codec import wire
 from .errors import ActorDied, UnknownActor, UnknownMessage
 from .exits import Exit
 from .mailbox import Lane
-from .protocol import CALL_WINDOW
+from .protocol import CALL_WINDOW, CALL_WINDOW_BYTES
 
 WATCH_BEHIND = 64
 """Changes of one actor that a watcher may still have to see."""
@@ -43,7 +43,9 @@ class Status:
     messages: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Lane and default deadline in seconds of each @message."""
     window: int = CALL_WINDOW
-    """Messages of one node that may be under way to it."""
+    """Messages of one node that may be under way to each of its lanes."""
+    window_bytes: int = CALL_WINDOW_BYTES
+    """The same in bytes."""
 
     @property
     def reason(self) -> str:

@@ -24,6 +24,11 @@ class ActorDied(RuntimeFault):
     if it may run twice: the same ref reaches the next incarnation."""
 
 
+class ActorRestarted(ActorDied):
+    """The message was for an earlier incarnation of the actor, and did not run. Ask again: the same ref reaches the
+    present one."""
+
+
 class UnknownActor(RuntimeFault):
     """No actor of that name. The text lists the nearest names."""
 

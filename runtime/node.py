@@ -3,6 +3,20 @@
     ref.judge(x) -> Node.call -> [here] Cell.deliver        [elsewhere] Transport.send -> wire -> Node._receive -> Cell
                  <- Waits     <- Node._resolve <- Cell.answer <- wire <- Transport.send <- Cell.answer
 
+`counters` accounts for every request but those of the system lane. Once nothing is under way, over all nodes that live,
+
+    sent = handled + dead_letters + withdrawn + gone + lost
+
+    sender    sent          handed to an actor here, or to the transport
+              gone          reported as taken from its mailbox by a node that has died since
+              lost          under way to a node that died: nobody knows
+    receiver  handled       its handler began (interrupted: and its actor stopped before it ended)
+              dead_letters  refused, or its actor stopped before its turn (expired: or its deadline passed)
+              withdrawn     its caller cancelled it before its turn
+
+Others count what is no request: fenced (from a node that is dead), malformed, late_answers, stale_answers (not from the
+node that was asked), undeliverable_answers, unacknowledged_cancels, lost_events.
+
 Knows nothing of supervision, and starts no process: see system.py and agent.py.
 """
 
@@ -10,28 +24,30 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator
 from functools import partial
+from math import inf
 from typing import Any
 
-from .cell import Cell, Delivery
-from .codec import Buffer, decode, encode
-from .directory import Directory, Status
-from .errors import ActorDied, CodecError, MailboxFull, RuntimeFault
+from .cell import Cell, Delivery, Door
+from .codec import Buffer, decode, encode, skim, weigh
+from .directory import Directory
+from .errors import ActorDied, ActorRestarted, CodecError, MailboxFull, RuntimeFault, UnknownMessage
 from .events import EventLog
-from .frame import Envelope
+from .frame import Envelope, size_of
 from .mailbox import CreditWindow, Lane
-from .protocol import REQUESTS, STREAM_WINDOW, Kind, pack_error
+from .protocol import BULK_BYTES, STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, check, pack_error, restamp, unpack_head
 from .ref import Ref
+from .routes import Route, Routes
 from .transport import Transport
 from .waits import Pending, Waits
 
 MAX_DEAD_LETTERS = 1000
 MAX_MALFORMED_EVENTS = 20
 
-_KINDS = {int(kind): kind for kind in Kind}
-_LANES = {int(lane): lane for lane in Lane}
+_LANES = tuple(Lane)
 
 
 class Node:
@@ -43,12 +59,12 @@ class Node:
         self.cells: dict[str, Cell] = {}
         self.dead_letters: deque[dict[str, Any]] = deque(maxlen=MAX_DEAD_LETTERS)
         self.counters: Counter[str] = Counter()
-        """dead_letters, malformed, fenced, stale_answers, late_answers, undeliverable_answers, lost_events."""
-        self.waits = Waits(lambda name: self.directory.get(name).state)
+        """See the module's docstring."""
+        self.routes = Routes(key, self.directory)
+        self.waits = Waits(lambda name: self.directory.get(name).state, self._overdue)
         self._events = events
-        self._credits: dict[tuple[str, str], CreditWindow] = {}
-        self._taken: Counter[tuple[str, str]] = Counter()
         self._fenced: set[str] = set()
+        self._doors: dict[tuple[str, bytes], Door] = {}
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self.transport = Transport(key, address, self._receive, self._malformed)
@@ -60,74 +76,65 @@ class Node:
 
     async def call(self, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See Ref. Waits for a restarting actor to come back, for room, and for the answer, all within one deadline."""
-        pending = self.waits.begin_call(name, method, self._default_s(name, method))
-        assert pending.future is not None
-        limit = asyncio.timeout_at(pending.deadline)
+        route = self.routes.find(name, method)
+        pending = self.waits.begin_call(name, method, route.own_s)
         try:
-            async with limit:
-                await self._request(Kind.CALL, pending, args, kwargs)
-                return await pending.future
-        except TimeoutError:
-            if not limit.expired():
-                raise  # It is what the callee raised.
-            self._withdraw(pending)
-            raise self.waits.too_late(pending, "no answer") from None
+            if not self._ask(Kind.CALL, pending, route, args, kwargs):
+                await self._ask_later(Kind.CALL, pending, args, kwargs)
+            return await pending.future
         except asyncio.CancelledError:
             self._withdraw(pending)
             raise
-        finally:
-            self.waits.end(pending)
 
     def cast(self, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See Ref. What can't be handed over at once raises; what dies on the way becomes a dead letter there."""
         if threading.get_ident() != self._thread:
             raise RuntimeError(f"{name}.{method} was cast from a thread; let the thread return, and cast then")
-        status = self.directory.ready(name)
-        if status is None:
-            raise ActorDied(f"{name} is not up ({self.directory.get(name).reason or 'starting'}); a call would wait")
-        lane, _ = status.message(method)
-        window = self._window(status, lane)
+        route = self.routes.find(name, method)
+        if not route.up and self.directory.ready(name) is None:
+            raise ActorDied(f"{name} is not up ({route.status.reason or 'starting'}); a call would wait")
+        id = self.waits.next_id()
+        if route.here:
+            door = self._door(self.key, route.head)
+            self._deliver(Delivery(Kind.CAST, id, door, self._loop.time(), inf, args, kwargs, weigh(args, kwargs)))
+            self.counters["sent"] += door.counted
+            return
+        window = route.window
         if window is not None and not window.take_nowait():
-            raise MailboxFull(f"{name}: {window.size} messages from here wait there; slow down, or call, which waits")
-        self._dispatch(status, window, Kind.CAST, self.waits.next_id(), method, lane, None, args, kwargs)
+            raise MailboxFull(
+                f"{name}: {window.under_way} messages from here wait there; slow down, or call, which waits"
+            )
+        self._transmit(Kind.CAST, id, route, inf, args, kwargs)
 
     async def stream(
         self, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> AsyncGenerator[Any, None]:
         """See Ref. The deadline bounds the wait for each item, not the whole."""
-        pending = self.waits.begin_stream(name, method, self._default_s(name, method))
-        assert pending.arrived is not None
+        route = self.routes.find(name, method)
+        pending = self.waits.begin_stream(name, method, route.own_s)
         patience = pending.deadline - pending.since
-        limit = asyncio.timeout(patience)
-        consumed = 0
+        consumed = consumed_bytes = 0
         try:
-            async with limit:
-                await self._request(Kind.STREAM, pending, args, kwargs)
+            if not self._ask(Kind.STREAM, pending, route, args, kwargs):
+                await self._ask_later(Kind.STREAM, pending, args, kwargs)
             while True:
                 if pending.items:
-                    yield pending.items.popleft()
-                    consumed += 1
-                    if consumed >= STREAM_WINDOW // 2:
-                        self._post(pending.node, Kind.MORE, pending.id, name, consumed)
-                        consumed = 0
-                elif pending.end is not None:
-                    break
+                    item, size = pending.items.popleft()
+                    consumed, consumed_bytes = consumed + 1, consumed_bytes + size
+                    if consumed >= STREAM_WINDOW // 2 or consumed_bytes >= STREAM_WINDOW_BYTES // 2:
+                        self._post(pending.node, [Kind.MORE, name, pending.id, consumed, consumed_bytes])
+                        consumed = consumed_bytes = 0
+                    yield item
+                    del item
+                elif pending.end is None:
+                    await self.waits.more(pending, patience)
+                elif isinstance(pending.end, RuntimeFault):
+                    raise pending.end
                 else:
-                    pending.arrived.clear()
-                    pending.since, pending.deadline = self._loop.time(), self._loop.time() + patience
-                    limit = asyncio.timeout(patience)
-                    async with limit:
-                        await pending.arrived.wait()
-            if isinstance(pending.end, RuntimeFault):
-                raise pending.end
-        except TimeoutError:
-            if not limit.expired():
-                raise  # It is what the callee raised.
-            raise self.waits.too_late(pending, "no item") from None
+                    break
         finally:
             if pending.end is None:
                 self._withdraw(pending)
-            self.waits.end(pending)
 
     # Peers --------------------------------------------------------------------------------------------------
 
@@ -136,12 +143,12 @@ class Node:
         self._fenced.add(key)
         self.transport.disconnect(key)
         self.waits.fail(f"its node {key} died: {reason}; it may have run, so ask again only if that is safe", node=key)
-        for slot in [slot for slot in self._credits if slot[0] == key]:
-            self._credits.pop(slot).close()
-        for slot in [slot for slot in self._taken if slot[0] == key]:
-            del self._taken[slot]
+        gone, lost = self.routes.close(key)
+        self.counters["gone"] += gone
+        self.counters["lost"] += lost
         for cell in self.cells.values():
             cell.cancel_origin(key)
+        self._doors = {slot: door for slot, door in self._doors.items() if slot[0] != key}
 
     def emit(self, event: str, **fields: Any) -> None:
         """Writes to events.jsonl: here if this is the root, else by a cast to it. From any thread."""
@@ -152,200 +159,350 @@ class Node:
         else:
             self.cast("$root", "emit", (event, fields), {})
 
+    def wait_rows(self) -> list[dict[str, Any]]:
+        """Who waits here for whom: for answers, for room, and for the consumers of streams."""
+        held = [
+            {
+                "owner": delivery.owner, "target": delivery.door.origin, "method": delivery.door.method,
+                "why": "the consumer of its stream has enough to do",
+                "waited_s": round(self._loop.time() - delivery.since, 3), "left_s": None,
+            }
+            for cell in self.cells.values() for delivery in cell.at_work()
+            if delivery.window is not None and delivery.window.waited_for
+        ]  # fmt: skip
+        return self.waits.rows() + held
+
     async def close(self) -> None:
         await self.transport.close()
-        self.waits.fail("this node is closing")
+        self.waits.close()
 
     # What cells need (cell.Answers) -------------------------------------------------------------------------
 
-    def answer(self, delivery: Delivery, kind: Kind, value: Any) -> None:
-        if delivery.kind is Kind.CAST:
-            return
-        if kind is Kind.ERROR:
+    def answer(self, delivery: Delivery, kind: int, value: Any) -> int:
+        if delivery.kind == Kind.CAST:
+            return 0
+        if kind == Kind.ERROR:
             value = pack_error(value)
-        if delivery.origin == self.key:
-            self._resolve(self.key, kind, delivery.id, value)
-        else:
-            self._post(delivery.origin, kind, delivery.id, delivery.method, value)
+        origin = delivery.door.origin
+        if origin == self.key:
+            size = weigh(value) if kind == Kind.ITEM else 0
+            self._resolve(origin, kind, delivery.id, delivery.items, value, size)
+            return size
+        envelope, buffers = encode([kind, delivery.id, delivery.items, value])
+        size = size_of(envelope, buffers)
+        if not self.transport.send(origin, envelope, buffers, bulk=size > BULK_BYTES):
+            self.counters["undeliverable_answers"] += 1
+        return size
 
-    def taken(self, delivery: Delivery, actor: str) -> None:
-        if delivery.credited:
-            self._return_credit(delivery.origin, actor)
+    def acknowledge(self, delivery: Delivery, what: str) -> None:
+        self._post(delivery.door.origin, [Kind.CANCELLED, delivery.id, what])
 
-    def dead_letter(self, delivery: Delivery, actor: str, error: RuntimeFault) -> None:
-        self.counters["dead_letters"] += 1
+    def shut(self, cell: Cell) -> None:
+        self._doors = {slot: door for slot, door in self._doors.items() if door.cell is not cell}
+
+    def pay(self, sender: str, actor: str, lane: Lane, messages: int, size: int) -> None:
+        self._post(sender, [Kind.CREDIT, actor, lane.value, messages, size])
+
+    def dead_letter(self, delivery: Delivery, error: RuntimeFault, *, begun: bool = False) -> None:
+        door = delivery.door
+        if door.counted:
+            self.counters["interrupted" if begun else "dead_letters"] += 1
         self.dead_letters.append(
-            {"actor": actor, "method": delivery.method, "from": delivery.origin, "reason": str(error)}
-        )
-        self.answer(delivery, Kind.ERROR, error)
+            {
+                "actor": door.actor, "method": door.method, "from": door.origin, "reason": str(error),
+                "time": round(time.time(), 3), "waited_s": round(self._loop.time() - delivery.since, 3),
+                "bytes": delivery.size,
+            }
+        )  # fmt: skip
+        if door.origin not in self._fenced:
+            self.answer(delivery, Kind.ERROR, error)
 
     # Inside: sending ----------------------------------------------------------------------------------------
 
-    def _default_s(self, name: str, method: str) -> float:
-        return self.directory.get(name).message(method)[1]
-
-    async def _request(self, kind: Kind, pending: Pending, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Sends as soon as the actor is up and has room."""
-        name = pending.target
-        while True:
-            status = await self.directory.when_up(name)
-            lane, _ = status.message(pending.method)
-            window = self._window(status, lane)
-            if window is not None:
-                if not window.take_nowait() and not await window.take():
-                    continue
-            elif status.node == self.key and name in self.cells:
-                await self.cells[name].room(pending.method, lane)
-            if self.directory.get(name) is status:
-                break
-            if window is not None:
-                window.give(1)
-        pending.node = status.node
-        self._dispatch(status, window, kind, pending.id, pending.method, lane, pending.deadline, args, kwargs)
-
-    def _dispatch(
-        self, status: Status, window: CreditWindow | None, kind: Kind, id: int, method: str, lane: Lane,
-        deadline: float | None, args: tuple[Any, ...], kwargs: dict[str, Any],
-    ) -> None:  # fmt: skip
-        if status.node == self.key:
-            delivery = Delivery(kind, id, self.key, method, lane, deadline, args, kwargs)
-            self._deliver(status.name, status.incarnation, delivery)
-            return
-        left = None if deadline is None else max(0, round((deadline - self._loop.time()) * 1000))
+    def _ask(self, kind: int, pending: Pending, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Sends a call or a stream, if the actor is up and has room."""
+        if not route.up:
+            return False
+        if route.here:
+            door = self._door(self.key, route.head)
+            size = weigh(args, kwargs)
+            if door.cell is not None and not door.mailbox.has_room(door.lane, size):
+                return False
+            self._hand_over(kind, pending, door, args, kwargs, size)
+            return True
+        if route.window is not None and not route.window.take_nowait():
+            return False
         try:
-            pack, buffers = encode([list(args), kwargs])
-            envelope = [kind, id, status.name, method, lane, status.incarnation, left, pack]
-            if not self.transport.send(status.node, envelope, buffers):
-                raise ActorDied(f"{status.name}: its node {status.node} is not connected; ask again")
+            bulk = self._transmit(kind, pending.id, route, pending.deadline, args, kwargs)
         except RuntimeFault:
-            if window is not None:
-                window.give(1)
+            self.waits.table.pop(pending.id, None)
+            raise
+        self.waits.asked(pending, route.status.node, bulk)
+        return True
+
+    async def _ask_later(self, kind: int, pending: Pending, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Sends it as soon as the actor is up and has room."""
+        name, method = pending.target, pending.method
+        limit = asyncio.timeout_at(pending.deadline)
+        try:
+            async with limit:
+                while True:
+                    await self.directory.when_up(name)
+                    route = self.routes.find(name, method)
+                    if route.window is not None:
+                        sent = await self._ask_with_credit(kind, pending, route, args, kwargs)
+                    elif route.here:
+                        sent = await self._ask_with_room(kind, pending, route, args, kwargs)
+                    else:
+                        sent = self._ask(kind, pending, route, args, kwargs)
+                    if sent:
+                        return
+        except BaseException as error:
+            self.waits.table.pop(pending.id, None)
+            if isinstance(error, TimeoutError) and limit.expired():
+                raise self.waits.too_late(pending) from None
             raise
 
-    def _post(self, node: str, kind: Kind, id: int, target: str, value: Any) -> None:
+    async def _ask_with_room(
+        self, kind: int, pending: Pending, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Waits for room in an actor of this node. False if another incarnation has taken its place."""
+        door = self._door(self.key, route.head)
+        size = weigh(args, kwargs)
+        if door.cell is None:
+            self._hand_over(kind, pending, door, args, kwargs, size)
+            return True
+        async with door.mailbox.room(door.lane, size):
+            if self.routes.find(pending.target, pending.method) is not route:
+                return False
+            self._hand_over(kind, pending, door, args, kwargs, size)
+        return True
+
+    async def _ask_with_credit(
+        self, kind: int, pending: Pending, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Waits for room there and sends. False if the actor is not there any more."""
+        window = route.window
+        assert window is not None
+        envelope, buffers = self._pack(kind, pending.id, route, pending.deadline, args, kwargs)
+        size = size_of(envelope, buffers)
+        if not await window.take(size):
+            return False
+        try:
+            if self.routes.find(pending.target, pending.method) is not route:
+                window.give_back(size)
+                return False
+            envelope = restamp(envelope, pending.deadline - self._loop.time())
+            bulk = self._submit(route, envelope, buffers, size)
+        except RuntimeFault:
+            window.give_back(size)
+            raise
+        self.waits.asked(pending, route.status.node, bulk)
+        return True
+
+    def _hand_over(
+        self, kind: int, pending: Pending, door: Door, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+    ) -> None:
+        """Gives a call or a stream to an actor of this node."""
+        self.waits.asked(pending, self.key)
+        self._deliver(Delivery(kind, pending.id, door, pending.since, pending.deadline, args, kwargs, size))
+        self.counters["sent"] += door.counted
+
+    def _transmit(
+        self, kind: int, id: int, route: Route, limit: float, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Sends a request for which the credit of one message was taken. True if it goes the way of large ones."""
+        window = route.window
+        try:
+            envelope, buffers = self._pack(kind, id, route, limit, args, kwargs)
+            size = size_of(envelope, buffers)
+            bulk = self._submit(route, envelope, buffers, size)
+        except RuntimeFault:
+            if window is not None:
+                window.give_back()
+            raise
+        if window is not None:
+            window.charge(size)
+        return bulk
+
+    def _pack(
+        self, kind: int, id: int, route: Route, limit: float, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[bytes, list[Buffer]]:
+        try:
+            return encode([kind, route.lane, limit - self._loop.time(), id, route.head, [*args], kwargs])
+        except CodecError as error:
+            actor, method, *_ = unpack_head(route.head)
+            raise CodecError(f"{actor}.{method}: {_culprit(args, kwargs)}{error}") from None
+
+    def _submit(self, route: Route, envelope: Envelope, buffers: list[Buffer], size: int) -> bool:
+        status, bulk = route.status, size > BULK_BYTES
+        if not self.transport.send(status.node, envelope, buffers, bulk=bulk):
+            raise ActorDied(f"{status.name}: its node {status.node} is not connected; ask again")
+        if route.window is not None:
+            route.window.sent += 1
+            self.counters["sent"] += 1
+        return bulk
+
+    def _post(self, node: str, fields: list[Any], *, bulk: bool = False) -> None:
         if node == self.key:
-            self._control(kind, self.key, id, target, value)
-            return
-        pack, buffers = encode(value)
-        if not self.transport.send(node, [kind, id, target, "", Lane.SYSTEM, 0, None, pack], buffers):
+            self._control(node, fields)
+        elif node not in self._fenced and not self.transport.send(node, *encode(fields), bulk=bulk):
             self.counters["undeliverable_answers"] += 1
 
     def _withdraw(self, pending: Pending) -> None:
-        if pending.node:
-            self._post(pending.node, Kind.CANCEL, pending.id, pending.target, None)
+        """Its caller gives up: the callee is told, unless there is none, or its answer came in this very turn."""
+        if pending.id in self.waits.table and pending.node:
+            self.waits.withdraw(pending)
+            self._post(pending.node, [Kind.CANCEL, pending.target, pending.id], bulk=pending.bulk)
+            return
+        self.waits.table.pop(pending.id, None)
+        if pending.future.done() and not pending.future.cancelled():
+            pending.future.exception()  # Nobody's any more.
 
-    def _window(self, status: Status, lane: Lane) -> CreditWindow | None:
-        """The credits for an actor elsewhere; None where none are needed."""
-        if status.node == self.key or lane < Lane.NORMAL:
-            return None
-        slot = status.node, status.name
-        window = self._credits.get(slot)
-        if window is None:
-            window = self._credits[slot] = CreditWindow(status.window)
-        return window
+    def _overdue(self, pending: Pending) -> None:
+        if not pending.withdrawn:
+            error = self.waits.too_late(pending)
+            self._withdraw(pending)
+            pending.settle(error)
+            return
+        del self.waits.table[pending.id]
+        self.counters["unacknowledged_cancels"] += 1
+        self._report("cancel_unacknowledged", target=pending.target, method=pending.method, node=pending.node)
 
     # Inside: receiving --------------------------------------------------------------------------------------
-
-    def _deliver(self, name: str, incarnation: int, delivery: Delivery) -> None:
-        cell = self.cells.get(name)
-        try:
-            if cell is None or cell.incarnation != incarnation:
-                now = "it is not here now" if cell is None else f"that is number {cell.incarnation} now"
-                raise ActorDied(
-                    f"{name}.{delivery.method} did not run: it was sent to incarnation {incarnation}, {now}; ask again"
-                )
-            cell.deliver(delivery)
-        except RuntimeFault as error:
-            self.taken(delivery, name)
-            if delivery.kind is Kind.CAST and delivery.origin == self.key:
-                raise
-            self.dead_letter(delivery, name, error)
 
     def _receive(self, sender: str, envelope: Envelope, buffers: list[Buffer]) -> None:
         if sender in self._fenced:
             self.counters["fenced"] += 1
             return
-        code, id, target, method, lane_code, incarnation, left, pack = envelope
-        kind, lane = _KINDS.get(code), _LANES.get(lane_code)
-        if kind is None or lane is None:
-            self._malformed(sender, f"no kind {code} or no lane {lane_code}")
-            return
         try:
-            value = decode(pack, buffers)
-            _check(kind, value)
+            fields = decode(envelope, buffers)
+            kind = check(fields)
         except CodecError as error:
-            self._refuse(sender, kind, id, target, lane, error)
+            self._refuse(sender, envelope, buffers, error)
             return
-        if kind in REQUESTS:
-            deadline = None if left is None else self._loop.time() + left / 1000
-            credited = lane >= Lane.NORMAL
-            delivery = Delivery(kind, id, sender, method, lane, deadline, tuple(value[0]), value[1], credited)
-            self._deliver(target, incarnation, delivery)
+        if kind <= Kind.STREAM:
+            try:
+                self._deliver(self._accept(sender, fields, size_of(envelope, buffers)))
+            except CodecError as error:
+                self._malformed(sender, str(error))
+        elif kind <= Kind.END:
+            _, id, number, value = fields
+            self._resolve(sender, kind, id, number, value, len(envelope) if not buffers else size_of(envelope, buffers))
         else:
-            self._control(kind, sender, id, target, value)
+            self._control(sender, fields)
 
-    def _refuse(self, sender: str, kind: Kind, id: int, target: str, lane: Lane, error: CodecError) -> None:
-        """What can't be read fails the one who waits for it, there or here."""
+    def _accept(self, sender: str, fields: list[Any], size: int) -> Delivery:
+        """Raises CodecError."""
+        kind, _, left, id, head, args, kwargs = fields
+        door = self._doors.get((sender, head)) or self._door(sender, head)
+        now = self._loop.time()
+        return Delivery(kind, id, door, now, now + left, args, kwargs, size)
+
+    def _door(self, sender: str, head: bytes) -> Door:
+        """Where the requests with that head go; it leads nowhere if the actor is not here. Raises CodecError."""
+        door = self._doors.get((sender, head))
+        if door is None:
+            actor, method, lane, incarnation = unpack_head(head)
+            door = Door(sender, actor, method, _LANES[lane], incarnation)
+            cell = self.cells.get(actor)
+            if cell is not None and cell.incarnation == incarnation and method in cell.actor.messages:
+                cell.open(door, credited=sender != self.key and door.counted)
+                self._doors[sender, head] = door
+        return door
+
+    def _deliver(self, delivery: Delivery) -> None:
+        door = delivery.door
+        try:
+            if door.cell is None:
+                raise self._nobody(door)
+            door.deliver(delivery)
+        except RuntimeFault as error:
+            if door.origin != self.key and door.counted:
+                self.pay(door.origin, door.actor, door.lane, 1, delivery.size)
+            elif delivery.kind == Kind.CAST:
+                raise
+            self.dead_letter(delivery, error)
+
+    def _nobody(self, door: Door) -> RuntimeFault:
+        """Why a door leads nowhere."""
+        cell = self.cells.get(door.actor)
+        what = f"{door.actor}.{door.method} did not run: it was sent to incarnation {door.incarnation}"
+        if cell is None:
+            return ActorDied(f"{what}, it is not here now; ask again")
+        if cell.incarnation != door.incarnation:
+            return ActorRestarted(f"{what}, that is number {cell.incarnation} now; ask again")
+        return UnknownMessage(f"{cell.name} ({type(cell.actor).__name__}) has no @message {door.method!r}")
+
+    def _refuse(self, sender: str, envelope: Envelope, buffers: list[Buffer], error: CodecError) -> None:
+        """What can't be read fails the one who waits for it, there or here, if it can be told who that is."""
         self._malformed(sender, str(error))
-        if kind in REQUESTS:
-            if lane >= Lane.NORMAL:
-                self._return_credit(sender, target)
-            if kind is not Kind.CAST:
-                self._post(sender, Kind.ERROR, id, target, pack_error(error))
-        elif kind in (Kind.REPLY, Kind.ERROR, Kind.ITEM, Kind.END):
-            self._control(Kind.ERROR, sender, id, target, pack_error(error))
+        try:
+            fields = skim(envelope)
+            kind = check(fields)
+            delivery = self._accept(sender, fields, size_of(envelope, buffers)) if kind <= Kind.STREAM else None
+        except CodecError:
+            return
+        if delivery is not None:
+            if delivery.door.counted:
+                self.pay(sender, delivery.door.actor, delivery.door.lane, 1, delivery.size)
+            self.dead_letter(delivery, error)
+        elif kind <= Kind.END:
+            pending = self.waits.table.get(fields[1])
+            self._resolve(sender, Kind.ERROR, fields[1], fields[2], pack_error(error), 0)
+            if kind == Kind.ITEM and pending is not None and pending.node == sender:
+                self._post(sender, [Kind.CANCEL, pending.target, pending.id])
 
-    def _control(self, kind: Kind, sender: str, id: int, target: str, value: Any) -> None:
-        match kind:
-            case Kind.CREDIT:
-                self._give(self._credits.get((sender, target)), sender, target, value)
-            case Kind.MORE | Kind.CANCEL:
-                cell = self.cells.get(target)
-                if cell is not None and kind is Kind.CANCEL:
-                    cell.cancel((sender, id))
-                elif cell is not None:
-                    self._give(cell.stream((sender, id)), sender, target, value)
-            case _:
-                self._resolve(sender, kind, id, value)
-
-    def _give(self, window: CreditWindow | None, sender: str, target: str, count: int) -> None:
-        if window is not None and not window.give(count):
-            self._malformed(sender, f"{count} credits for {target}, more than were taken")
-
-    def _resolve(self, sender: str, kind: Kind, id: int, value: Any) -> None:
-        pending = self.waits.get(id)
+    def _resolve(self, sender: str, kind: int, id: int, number: int, value: Any, size: int) -> None:
+        pending = self.waits.table.get(id)
         if pending is None:
             self.counters["late_answers"] += 1
         elif pending.node != sender:
             self.counters["stale_answers"] += 1
-        else:
-            self.waits.resolve(pending, kind, value)
+        elif pending.withdrawn:
+            if kind != Kind.ITEM:  # It has ended, which is all that an acknowledgement says.
+                del self.waits.table[id]
+        elif pending.resolve(kind, number, value, size):
+            del self.waits.table[id]
 
-    def _return_credit(self, sender: str, actor: str) -> None:
-        slot = sender, actor
-        self._taken[slot] += 1
-        cell = self.cells.get(actor)
-        if cell is None or self._taken[slot] >= max(1, cell.window // 4):
-            self._post(sender, Kind.CREDIT, 0, actor, self._taken.pop(slot))
+    def _control(self, sender: str, fields: list[Any]) -> None:
+        match fields:
+            case [Kind.CREDIT, target, lane, messages, size]:
+                self._give(self.routes.window(sender, target, lane), sender, target, messages, size)
+            case [Kind.MORE, target, id, items, size]:
+                cell = self.cells.get(target)
+                self._give(None if cell is None else cell.stream((sender, id)), sender, target, items, size)
+            case [Kind.CANCEL, target, id]:
+                cell = self.cells.get(target)
+                if cell is None or not cell.cancel((sender, id)):
+                    self._post(sender, [Kind.CANCELLED, id, "not here"])
+            case [Kind.CANCELLED, id, _]:
+                pending = self.waits.table.get(id)
+                if pending is not None and pending.node == sender and pending.withdrawn:
+                    del self.waits.table[id]
+
+    def _give(self, window: CreditWindow | None, sender: str, target: str, messages: int, size: int) -> None:
+        if window is not None and not window.give(messages, size):
+            self._malformed(sender, f"{messages} credits and {size} bytes for {target}, more than were taken")
 
     def _malformed(self, sender: str, reason: str) -> None:
         self.counters["malformed"] += 1
         if self.counters["malformed"] <= MAX_MALFORMED_EVENTS:
-            try:
-                self.emit("malformed_message", sender=sender, reason=reason)
-            except RuntimeFault:
-                self.counters["lost_events"] += 1
+            self._report("malformed_message", sender=sender, reason=reason)
+
+    def _report(self, event: str, **fields: Any) -> None:
+        """An event that must not fail what it tells of."""
+        try:
+            self.emit(event, **fields)
+        except RuntimeFault:
+            self.counters["lost_events"] += 1
 
 
-def _check(kind: Kind, value: Any) -> None:
-    """Raises CodecError unless `value` is what messages of that kind hold."""
-    if kind in REQUESTS:
-        good = type(value) is list and len(value) == 2 and type(value[0]) is list and type(value[1]) is dict
-    elif kind is Kind.ERROR:
-        good = type(value) is list and len(value) == 4 and all(type(text) is str for text in value)
-    elif kind is Kind.CREDIT or kind is Kind.MORE:
-        good = type(value) is int and value > 0
-    else:
-        good = True
-    if not good:
-        raise CodecError(f"a {kind.name.lower()} can't hold a {type(value).__name__} like this")
+def _culprit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Which argument can't travel."""
+    for name, value in [*((f"argument {n}", arg) for n, arg in enumerate(args, 1)), *kwargs.items()]:
+        try:
+            encode(value)
+        except CodecError:
+            return f"{name}: "
+    return ""

@@ -19,10 +19,8 @@ class Ref:
     What is sent is given away: arrays among the arguments, of a cast too, must not be changed afterwards. A loop over a
     stream that may be left by an error is best put into `contextlib.aclosing`: the error keeps the stream alive.
 
-    Raises UnknownActor, UnknownMessage, ActorDied, MailboxFull, DeadlineExceeded, RemoteError.
+    Raises UnknownActor, UnknownMessage, ActorDied, ActorRestarted, MailboxFull, DeadlineExceeded, RemoteError.
     """
-
-    __slots__ = ("_name", "_node")
 
     def __init__(self, node: Node, name: str) -> None:
         self._node = node
@@ -31,7 +29,8 @@ class Ref:
     def __getattr__(self, method: str) -> BoundMessage:
         if method.startswith("_"):
             raise AttributeError(method)
-        return BoundMessage(self._node, self._name, method)
+        bound = self.__dict__[method] = BoundMessage(self._node, self._name, method)
+        return bound  # Once: from now on it is an attribute.
 
     def __repr__(self) -> str:
         return f"Ref({self._name!r})"

@@ -80,15 +80,17 @@ class Transport:
             self._loop.remove_reader(gone.socket.fileno())
             gone.socket.close(linger=0)
 
-    def send(self, peer: str, envelope: Envelope, buffers: list[Buffer]) -> bool:
+    def send(self, peer: str, envelope: Envelope, buffers: list[Buffer], *, bulk: bool = False) -> bool:
         """Queues an envelope; False if the peer is not connected. `buffers` must not change until they are sent.
+        `bulk`: it is large, and may be overtaken by others.
 
         Raises CodecError for what is too large for one message.
         """
         link = self._peers.get(peer)
         if link is None:
             return False
-        if any(len(piece) > MAX_MESSAGE_BYTES - MAX_FRAME_BYTES for piece in (envelope[-1], *buffers)):
+        limit = MAX_MESSAGE_BYTES - MAX_FRAME_BYTES
+        if len(envelope) > limit or (buffers and any(len(buffer) > limit for buffer in buffers)):
             raise CodecError(f"a message holds at most {MAX_MESSAGE_BYTES >> 20} MiB in one piece; send it in parts")
         link.queue.append((envelope, buffers))
         if not link.flush_scheduled:

@@ -140,7 +140,7 @@ class Streamer(Actor):
         finally:
             self.closed += 1
 
-    @message(concurrent=True, deadline_s=0.2)
+    @message(concurrent=True, deadline_s=0.5)
     async def silent(self) -> AsyncIterator[int]:
         try:
             yield 1
@@ -318,7 +318,7 @@ class Relay(Actor):
     async def credits(self) -> int:
         """Messages that may still be sent to the target."""
         assert self._node is not None
-        return sum(w.available for (_, actor), w in self._node._credits.items() if actor == self.target)
+        return self._node.routes.available(self.target)
 
     @message(concurrent=True)
     async def refused(self) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from sample_actors import Echo, Streamer, Thinker
 
 from headrace.runtime import Actor, Lane, message, timeout
-from headrace.runtime.deadline import deadline_of_call, set_limit
+from headrace.runtime.deadline import current_scope, deadline_of_call, enter
 
 
 def test_messages_are_declared_and_inherited():
@@ -126,27 +126,40 @@ async def test_a_background_task_has_no_deadline_of_who_started_it():
     actor, seen = Actor(), []
 
     async def work():
-        seen.append(deadline_of_call(0.0, 60.0))
+        seen.append(deadline_of_call(current_scope(), 0.0, 60.0))
 
     async with timeout(5):
         await actor.background(work(), name="work")
     assert seen == [60.0]
 
 
+@dataclass
+class _Worker:
+    """What works on a message that must be done by then."""
+
+    limit: float
+    chosen = False
+    owner = "a.b"
+
+
 async def test_which_deadline_a_call_gets():
     now = asyncio.get_running_loop().time()
-    assert deadline_of_call(now, 60.0) == now + 60
+
+    def due():
+        return deadline_of_call(current_scope(), now, 60.0)
+
+    assert due() == now + 60
     async with timeout(600):
-        assert now + 599 < deadline_of_call(now, 60.0) < now + 601, "a block may give more than the default"
+        assert now + 599 < due() < now + 601, "a block may give more than the default"
         async with timeout(5):
-            assert deadline_of_call(now, 60.0) < now + 6
+            assert due() < now + 6
             async with timeout(50):
-                assert deadline_of_call(now, 60.0) < now + 6, "but never more than the block around it"
-        set_limit(now + 1000)
-        assert deadline_of_call(now, 60.0) == now + 60, "the limit of a message does not lift a default"
-        set_limit(now + 10)
-        assert deadline_of_call(now, 60.0) == now + 10
-    assert deadline_of_call(now, 60.0) == now + 60
+                assert due() < now + 6, "but never more than the block around it"
+        enter(_Worker(now + 1000))
+        assert due() == now + 60, "the limit of a message does not lift a default"
+        enter(_Worker(now + 10))
+        assert due() == now + 10
+    assert due() == now + 60
 
 
 async def test_timeout_raises_timeout_error_also_on_a_busy_loop():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.runtime.errors import MailboxFull
-from headrace.runtime.mailbox import CreditWindow, Lane, Mailbox
+from headrace.runtime.mailbox import CreditDebt, CreditWindow, Lane, Mailbox
 
 
 async def take_all(mailbox):
@@ -37,8 +37,13 @@ async def test_a_full_lane_refuses_and_leaves_the_others_open():
 async def test_room_waits_until_something_is_taken():
     mailbox = Mailbox(1)
     mailbox.put(1, Lane.NORMAL)
-    waiting = [asyncio.create_task(mailbox.room(Lane.NORMAL)) for _ in range(2)]
-    await asyncio.wait_for(mailbox.room(Lane.CONTROL), 5)
+
+    async def ask(lane):
+        async with mailbox.room(lane):
+            pass
+
+    waiting = [asyncio.create_task(ask(Lane.NORMAL)) for _ in range(2)]
+    await asyncio.wait_for(ask(Lane.CONTROL), 5)
     await asyncio.sleep(0)
     assert not any(task.done() for task in waiting)
     assert await mailbox.get() == 1
@@ -137,3 +142,112 @@ async def test_a_closed_window_ends_every_wait():
     window.close()
     assert await asyncio.wait_for(asyncio.gather(*waiting), 5) == [False] * 3
     assert not window.take_nowait() and not await window.take()
+
+
+# Bytes
+
+
+def test_a_lane_is_bounded_in_bytes_but_takes_one_message_of_any_size():
+    mailbox = Mailbox(10, 100)
+    mailbox.put("huge", Lane.NORMAL, 1000)
+    with pytest.raises(MailboxFull, match="1000 of 100 bytes wait, and this message has 1"):
+        mailbox.put("small", Lane.NORMAL, 1)
+    mailbox.put("other lane", Lane.BULK, 60)
+    assert mailbox.take() == "huge" and mailbox.has_room(Lane.NORMAL, 100) and not mailbox.has_room(Lane.BULK, 41)
+    assert (mailbox.bytes, mailbox.peak_bytes) == (60, 1060)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["ask", "ask", "take", "cancel", "remove"]), st.integers(1, 9)), max_size=40))
+def test_who_waits_for_room_gets_it_in_order_and_the_bounds_hold(steps):
+    """Senders that wait for room put within the bounds, all of them, in the order of asking unless they give up."""
+
+    async def play():
+        mailbox, asking, got, put = Mailbox(3, 12), [], [], []
+
+        async def ask(number, size):
+            async with mailbox.room(Lane.NORMAL, size):
+                mailbox.put((number, size), Lane.NORMAL, size)
+                put.append(number)
+
+        for number, (step, argument) in enumerate(steps):
+            if step == "ask":
+                asking.append((number, asyncio.create_task(ask(number, argument))))
+            elif step == "take":
+                got += [item for item in [mailbox.take()] if item is not None]
+            elif step == "cancel" and asking:
+                asking[argument % len(asking)][1].cancel()
+            elif step == "remove":
+                got += mailbox.remove(lambda item, argument=argument: item[1] == argument)
+            if argument % 2:
+                await asyncio.sleep(0)
+            assert len(mailbox) <= 3 and (mailbox.bytes <= 12 or len(mailbox) == 1)
+        for _ in range(4 * len(steps)):
+            await asyncio.sleep(0)
+            got += [item for item in [mailbox.take()] if item is not None]
+        given_up = {number for number, task in asking if task.cancelled()}
+        assert all(task.done() for _, task in asking), "nobody waits for ever"
+        assert put == [number for number, _ in asking if number not in given_up] == sorted(n for n, _ in got)
+
+    asyncio.run(play())
+
+
+@given(
+    st.integers(1, 6),
+    st.integers(1, 40),
+    st.lists(st.tuples(st.sampled_from(["send", "send", "take", "cancel", "now"]), st.integers(0, 50)), max_size=60),
+)
+def test_credits_are_conserved_and_everybody_gets_some(capacity, capacity_bytes, steps):
+    """A sender with a window and a receiver with a debt, under any interleaving: what is under way is within the
+    window, no credit is lost or made, and in the end nobody waits."""
+
+    async def play():
+        window, debt = CreditWindow(capacity, capacity_bytes), CreditDebt(capacity, capacity_bytes)
+        wire, sending, under_way = [], [], []
+
+        def sent(size):
+            assert len(under_way) < capacity and sum(under_way) < capacity_bytes, "at most one goes beyond the bytes"
+            wire.append(size)
+            under_way.append(size)
+
+        async def send(size):
+            assert await window.take(size)
+            sent(size)
+
+        def take():
+            """The receiver takes a message; its sender learns of it when a quarter of the window has come together."""
+            nonlocal under_way
+            if wire and debt.add(wire.pop(0)):
+                messages, size = debt.pay()
+                under_way = under_way[messages:]
+                assert window.give(messages, size)
+
+        for step, argument in steps:
+            if step == "send":
+                sending.append(asyncio.create_task(send(argument)))
+            elif step == "now" and window.take_nowait(argument):
+                sent(argument)
+            elif step == "take":
+                take()
+            elif step == "cancel" and sending:
+                sending[argument % len(sending)].cancel()
+            if argument % 3:
+                await asyncio.sleep(0)
+        for _ in range(4 * len(steps) + 4):
+            await asyncio.sleep(0)
+            take()
+        assert all(task.done() for task in sending) and not window.waited_for, "no deadlock"
+        assert all(task.cancelled() or task.exception() is None for task in sending)
+        messages, size = debt.pay()
+        assert not (messages or size) or window.give(messages, size)
+        assert (window.available, window.available_bytes) == (capacity, capacity_bytes)
+
+    asyncio.run(play())
+
+
+async def test_a_window_that_is_resized_keeps_count():
+    window = CreditWindow(4, 100)
+    assert all(window.take_nowait(10) for _ in range(4))
+    window.resize(2, 50)
+    assert not window.take_nowait() and window.give(3, 30) and window.take_nowait(1)
+    assert not window.give(3, 11) and window.give(2, 11)
+    assert (window.available, window.available_bytes) == (2, 50)
