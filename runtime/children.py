@@ -108,6 +108,7 @@ class Children:
         if state == "starting" and member.task is not None:
             member.task.cancel()  # It was up: this report has overtaken the answer.
         self._is_up(member)
+        self._note_exit(member, why)
         self._failed([member], why)
 
     def node_died(self, node: str, why: Exit) -> list[Member]:
@@ -174,7 +175,7 @@ class Children:
                 self._on_failed(error)
 
     async def _start(self, member: Member, why: Exit | None) -> None:
-        """`why` it is started again; None for the first time."""
+        """`why` it is started again; None for the first time, whose failure is its spawner's to repair."""
         member.restarted = why is not None
         opening = self._openings.get(member.node)
         if opening is None:
@@ -188,7 +189,13 @@ class Children:
         try:
             await self._hosts.start(member)
         except (RuntimeFault, TimeoutError) as error:
-            self._did_not_start([member], error)
+            if not member.restarted and not member.first.done():
+                self._drop(member, error)
+                return
+            trace = error.remote_traceback if isinstance(error, RemoteError) else ""
+            exit = Exit(kind="exception", detail=f"did not start: {first_line(error)}", traceback=trace)
+            self._note_exit(member, exit)
+            self._failed([member], exit)
             return
         if self.supervisor.children[member.name].state == "starting":
             self.supervisor.up(member.name)
@@ -196,15 +203,23 @@ class Children:
             self._soon()
 
     async def _open(self, node: str) -> None:
+        """Opens a node for all that are to start there. If something killed it, it is tried again, as often as their
+        budgets allow; if it can't start, that is the error of those who spawn there for the first time."""
         try:
             await self._hosts.open(node)
         except LaunchError as error:
             self._events.write("node_start_failed", node=node, reason=str(error))
-            starting = [m for m in self.table.values() if m.node == node and self._state(m) == "starting"]
-            for member in starting:
+            killed = error.exit is not None and error.exit.kind != "exit_code"
+            again = []
+            for member in [m for m in self.table.values() if m.node == node and self._state(m) == "starting"]:
                 if member.task is not None:
                     member.task.cancel()
-            self._did_not_start(starting, error)
+                if killed or member.restarted or member.first.done():
+                    again.append(member)
+                else:
+                    self._drop(member, error)
+            kind = "lost" if error.exit is None else error.exit.kind
+            self._failed(again, Exit(kind=kind, detail=f"did not start: {first_line(error)}"))
 
     async def _stop(self, member: Member, earlier: asyncio.Task[None] | None, why: Exit) -> None:
         if earlier is not None and not earlier.done():
@@ -215,28 +230,17 @@ class Children:
             self.supervisor.ended([member.name], why, self._loop.time())
             self._soon()
 
-    def _did_not_start(self, members: list[Member], error: BaseException) -> None:
-        """The first start of a member is its spawner's to repair, unless something killed the node; any other is a
-        failure like all others."""
-        killed = isinstance(error, LaunchError) and error.exit is not None and error.exit.kind != "exit_code"
-        for member in members:
-            if not (member.restarted or member.first.done() or killed):
-                self._drop(member, error)
-        again = [member for member in members if self.table.get(member.name) is member]
-        trace = error.remote_traceback if isinstance(error, RemoteError) else ""
-        why = Exit(kind="exception", detail=f"did not start: {first_line(error)}", traceback=trace)
-        if again:
-            self._failed(again, why)
-
     def _failed(self, members: list[Member], why: Exit) -> None:
         for member in members:
-            self._events.write(
-                "actor_exit", actor=member.name, incarnation=member.incarnation,
-                kind=why.kind, reason=why.detail, traceback=why.traceback,
-            )  # fmt: skip
             self._hosts.tell(member, "down", why)
         self.supervisor.ended([member.name for member in members], why, self._loop.time())
         self._soon()
+
+    def _note_exit(self, member: Member, why: Exit) -> None:
+        self._events.write(
+            "actor_exit", actor=member.name, incarnation=member.incarnation,
+            kind=why.kind, reason=why.detail, traceback=why.traceback,
+        )  # fmt: skip
 
     def _drop(self, member: Member, error: BaseException) -> None:
         """A member that never was up is none."""

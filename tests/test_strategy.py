@@ -284,7 +284,7 @@ def test_one_failure_restarts_what_the_strategy_says(tree, data):
     assert sorted(world.up) == sorted(name for name, _ in tree[1])
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(trees(), st.data())
 def test_any_storm_of_failures_ends_with_all_up_or_with_a_reason(tree, data):
     """Whatever fails, starts and stops in whatever order: World checks each action; in the end none is forgotten."""
