@@ -100,7 +100,7 @@ class Actor:
     messages: ClassVar[dict[str, MessageSpec]] = {}
     """The @message methods of the class, inherited ones included."""
 
-    mailbox_capacity: ClassVar[int] = 1024
+    mailbox_capacity: ClassVar[int] = 2048
     """Messages of each lane that may wait; see mailbox.py for what happens beyond."""
 
     mailbox_bytes: ClassVar[int] = MAILBOX_BYTES

@@ -42,7 +42,7 @@ from .protocol import BULK_BYTES, STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, chec
 from .ref import Ref
 from .routes import Route, Routes
 from .transport import Transport
-from .waits import Pending, Waits
+from .waits import Pending, PendingStream, Waits
 
 MAX_DEAD_LETTERS = 1000
 MAX_MALFORMED_EVENTS = 20
@@ -77,7 +77,7 @@ class Node:
     async def call(self, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See Ref. Waits for a restarting actor to come back, for room, and for the answer, all within one deadline."""
         route = self.routes.find(name, method)
-        pending = self.waits.begin_call(name, method, route.own_s)
+        pending = self.waits.begin(Pending, name, method, route.own_s)
         try:
             if not self._ask(Kind.CALL, pending, route, args, kwargs):
                 await self._ask_later(Kind.CALL, pending, args, kwargs)
@@ -111,7 +111,7 @@ class Node:
     ) -> AsyncGenerator[Any, None]:
         """See Ref. The deadline bounds the wait for each item, not the whole."""
         route = self.routes.find(name, method)
-        pending = self.waits.begin_stream(name, method, route.own_s)
+        pending = self.waits.begin(PendingStream, name, method, route.own_s)
         patience = pending.deadline - pending.since
         consumed = consumed_bytes = 0
         try:
@@ -189,9 +189,8 @@ class Node:
             self._resolve(origin, kind, delivery.id, delivery.items, value, size)
             return size
         envelope, buffers = encode([kind, delivery.id, delivery.items, value])
-        size = size_of(envelope, buffers)
-        if not self.transport.send(origin, envelope, buffers, bulk=size > BULK_BYTES):
-            self.counters["undeliverable_answers"] += 1
+        size = len(envelope) if not buffers else size_of(envelope, buffers)
+        self._reply(origin, envelope, buffers, bulk=size > BULK_BYTES)
         return size
 
     def acknowledge(self, delivery: Delivery, what: str) -> None:
@@ -346,7 +345,15 @@ class Node:
     def _post(self, node: str, fields: list[Any], *, bulk: bool = False) -> None:
         if node == self.key:
             self._control(node, fields)
-        elif node not in self._fenced and not self.transport.send(node, *encode(fields), bulk=bulk):
+        elif node not in self._fenced:
+            self._reply(node, *encode(fields), bulk=bulk)
+
+    def _reply(self, node: str, envelope: Envelope, buffers: list[Buffer], *, bulk: bool) -> None:
+        """Sends what nobody could be told of if it failed; whoever waits for it has a deadline."""
+        try:
+            if not self.transport.send(node, envelope, buffers, bulk=bulk):
+                self.counters["undeliverable_answers"] += 1
+        except MailboxFull:
             self.counters["undeliverable_answers"] += 1
 
     def _withdraw(self, pending: Pending) -> None:
@@ -388,7 +395,7 @@ class Node:
                 self._malformed(sender, str(error))
         elif kind <= Kind.END:
             _, id, number, value = fields
-            self._resolve(sender, kind, id, number, value, len(envelope) if not buffers else size_of(envelope, buffers))
+            self._resolve(sender, kind, id, number, value, size_of(envelope, buffers))
         else:
             self._control(sender, fields)
 
@@ -418,10 +425,11 @@ class Node:
                 raise self._nobody(door)
             door.deliver(delivery)
         except RuntimeFault as error:
-            if door.origin != self.key and door.counted:
+            if door.origin == self.key:
+                if delivery.kind == Kind.CAST:
+                    raise
+            elif door.counted:
                 self.pay(door.origin, door.actor, door.lane, 1, delivery.size)
-            elif delivery.kind == Kind.CAST:
-                raise
             self.dead_letter(delivery, error)
 
     def _nobody(self, door: Door) -> RuntimeFault:
