@@ -22,6 +22,9 @@ from .errors import MailboxFull
 
 T = TypeVar("T")
 
+MOST_OWED = 64
+"""Messages whose credit a receiver keeps back, at most."""
+
 MAILBOX_BYTES = 256 << 20
 """Bound of a mailbox lane where its actor sets none."""
 
@@ -279,12 +282,12 @@ class CreditWindow:
 
 class CreditDebt:
     """What a receiver owes one sender. It is paid when a quarter of the sender's window has come together, and so never
-    holds back what the sender needs to go on."""
+    holds back what the sender needs to go on; and soon enough that the sender knows well what has arrived."""
 
     def __init__(self, capacity: int, capacity_bytes: int) -> None:
         self.messages = 0
         self.bytes = 0
-        self._due = max(1, capacity // 4)
+        self._due = max(1, min(capacity // 4, MOST_OWED))
         self._due_bytes = max(1, capacity_bytes // 4)
 
     def add(self, size: int) -> bool:
