@@ -196,7 +196,7 @@ class CreditWindow:
         self.available = capacity
         self.available_bytes = capacity_bytes
         self.sent = 0
-        """Messages that have gone out; counted by the sender."""
+        """Messages that have gone out."""
         self.taken = 0
         """Messages whose credit came back."""
         self._closed = False
@@ -239,8 +239,9 @@ class CreditWindow:
             raise
         return not self._closed
 
-    def charge(self, size: int) -> None:
-        """Adds bytes to a message whose credit was taken before its size was known."""
+    def charge(self, size: int = 0) -> None:
+        """A message has gone out; `size`: its bytes, if its credit was taken before they were known."""
+        self.sent += 1
         self.available_bytes -= size
 
     def give(self, messages: int, size: int = 0) -> bool:

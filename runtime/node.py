@@ -236,7 +236,7 @@ class Node:
         except RuntimeFault:
             self.waits.table.pop(pending.id, None)
             raise
-        self.waits.asked(pending, route.status.node, bulk)
+        self.waits.asked(pending, route.node, bulk)
         return True
 
     async def _ask_later(self, kind: int, pending: Pending, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -283,8 +283,13 @@ class Node:
         """Waits for room there and sends. False if the actor is not there any more."""
         window = route.window
         assert window is not None
-        envelope, buffers = self._pack(kind, pending.id, route, pending.deadline, args, kwargs)
+        head = [kind, route.lane, 0.0, pending.id, route.head]
+        try:
+            envelope, buffers = encode([*head, [*args], kwargs])
+        except CodecError as error:
+            raise _blame(error, route, args, kwargs) from None
         size = size_of(envelope, buffers)
+        bulk = size > BULK_BYTES
         if not await window.take(size):
             return False
         try:
@@ -292,11 +297,14 @@ class Node:
                 window.give_back(size)
                 return False
             envelope = restamp(envelope, pending.deadline - self._loop.time())
-            bulk = self._submit(route, envelope, buffers, size)
+            if not self.transport.send(route.node, envelope, buffers, bulk=bulk):
+                raise _not_connected(route)
         except RuntimeFault:
             window.give_back(size)
             raise
-        self.waits.asked(pending, route.status.node, bulk)
+        window.charge()
+        self.counters["sent"] += 1
+        self.waits.asked(pending, route.node, bulk)
         return True
 
     def _hand_over(
@@ -313,32 +321,18 @@ class Node:
         """Sends a request for which the credit of one message was taken. True if it goes the way of large ones."""
         window = route.window
         try:
-            envelope, buffers = self._pack(kind, id, route, limit, args, kwargs)
+            left = limit - self._loop.time()
+            envelope, buffers = encode([kind, route.lane, left, id, route.head, [*args], kwargs])
             size = size_of(envelope, buffers)
-            bulk = self._submit(route, envelope, buffers, size)
-        except RuntimeFault:
+            bulk = size > BULK_BYTES
+            if not self.transport.send(route.node, envelope, buffers, bulk=bulk):
+                raise _not_connected(route)
+        except RuntimeFault as error:
             if window is not None:
                 window.give_back()
-            raise
+            raise _blame(error, route, args, kwargs) from None
         if window is not None:
             window.charge(size)
-        return bulk
-
-    def _pack(
-        self, kind: int, id: int, route: Route, limit: float, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[bytes, list[Buffer]]:
-        try:
-            return encode([kind, route.lane, limit - self._loop.time(), id, route.head, [*args], kwargs])
-        except CodecError as error:
-            actor, method, *_ = unpack_head(route.head)
-            raise CodecError(f"{actor}.{method}: {_culprit(args, kwargs)}{error}") from None
-
-    def _submit(self, route: Route, envelope: Envelope, buffers: list[Buffer], size: int) -> bool:
-        status, bulk = route.status, size > BULK_BYTES
-        if not self.transport.send(status.node, envelope, buffers, bulk=bulk):
-            raise ActorDied(f"{status.name}: its node {status.node} is not connected; ask again")
-        if route.window is not None:
-            route.window.sent += 1
             self.counters["sent"] += 1
         return bulk
 
@@ -506,11 +500,20 @@ class Node:
             self.counters["lost_events"] += 1
 
 
-def _culprit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Which argument can't travel."""
+def _not_connected(route: Route) -> ActorDied:
+    return ActorDied(f"{route.status.name}: its node {route.node} is not connected; ask again")
+
+
+def _blame(error: RuntimeFault, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RuntimeFault:
+    """The error of a message that was not sent; if it can't travel, it says which argument is to blame."""
+    if not isinstance(error, CodecError):
+        return error
+    actor, method, *_ = unpack_head(route.head)
+    where = ""
     for name, value in [*((f"argument {n}", arg) for n, arg in enumerate(args, 1)), *kwargs.items()]:
         try:
             encode(value)
         except CodecError:
-            return f"{name}: "
-    return ""
+            where = f"{name}: "
+            break
+    return CodecError(f"{actor}.{method}: {where}{error}")

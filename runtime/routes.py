@@ -19,6 +19,7 @@ class Route:
     """The way of one kind of message to one incarnation of an actor."""
 
     status: Status
+    node: str
     head: bytes
     """Where its messages go, as they say it; see protocol.py."""
     lane: int
@@ -63,7 +64,7 @@ class Routes:
         windows = [self._windows.pop(slot) for slot in gone]
         for window in windows:
             window.close()
-        for key in [key for key, route in self._routes.items() if route.status.node == node]:
+        for key in [key for key, route in self._routes.items() if route.node == node]:
             del self._routes[key]
         return sum(window.taken for window in windows), sum(window.under_way for window in windows)
 
@@ -72,7 +73,7 @@ class Routes:
         here = status.node == self._here
         window = None if here or lane is Lane.SYSTEM or not status.node else self._window(status, lane)
         head = pack_head(status.name, method, lane.value, status.incarnation)
-        return Route(status, head, lane.value, own_s, here, status.state == "up", window)
+        return Route(status, status.node, head, lane.value, own_s, here, status.state == "up", window)
 
     def _window(self, status: Status, lane: Lane) -> CreditWindow:
         slot = status.node, status.name, int(lane)
