@@ -96,7 +96,7 @@ class Mailbox(Generic[T]):
     def has_room(self, lane: Lane, size: int = 0) -> bool:
         """Whether `put` would succeed, and nobody waits for it."""
         queue = self._lanes[lane]
-        return not queue.waiting and self._fits(lane, size, queue)
+        return not queue.waiting and not queue.promised and self._fits(lane, size, queue)
 
     @asynccontextmanager
     async def room(self, lane: Lane, size: int = 0) -> AsyncIterator[None]:
