@@ -31,23 +31,22 @@ from functools import partial
 from math import inf
 from typing import Any
 
-from .cell import Cell, Delivery, Door
+from .cell import Cell
 from .codec import Buffer, decode, encode, skim, weigh
 from .directory import Directory
-from .errors import ActorDied, ActorRestarted, CodecError, MailboxFull, RuntimeFault, UnknownMessage
+from .doors import Delivery, Door, Doors
+from .errors import ActorDied, CodecError, MailboxFull, RuntimeFault
 from .events import EventLog
 from .frame import Envelope, size_of
 from .mailbox import CreditWindow, Lane
-from .protocol import BULK_BYTES, STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, check, pack_error, restamp, unpack_head
+from .protocol import BULK_BYTES, STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, check, pack_error, restamp
 from .ref import Ref
-from .routes import Route, Routes
+from .routes import Route, Routes, blame, not_connected
 from .transport import Transport
 from .waits import Pending, PendingStream, Waits
 
 MAX_DEAD_LETTERS = 1000
 MAX_MALFORMED_EVENTS = 20
-
-_LANES = tuple(Lane)
 
 
 class Node:
@@ -64,7 +63,7 @@ class Node:
         self.waits = Waits(lambda name: self.directory.get(name).state, self._overdue)
         self._events = events
         self._fenced: set[str] = set()
-        self._doors: dict[tuple[str, bytes], Door] = {}
+        self._doors = Doors(key, self.cells)
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self.transport = Transport(key, address, self._receive, self._malformed)
@@ -95,7 +94,7 @@ class Node:
             raise ActorDied(f"{name} is not up ({route.status.reason or 'starting'}); a call would wait")
         id = self.waits.next_id()
         if route.here:
-            door = self._door(self.key, route.head)
+            door = self._doors.find(self.key, route.head)
             self._deliver(Delivery(Kind.CAST, id, door, self._loop.time(), inf, args, kwargs, weigh(args, kwargs)))
             self.counters["sent"] += door.counted
             return
@@ -148,7 +147,7 @@ class Node:
         self.counters["lost"] += lost
         for cell in self.cells.values():
             cell.cancel_origin(key)
-        self._doors = {slot: door for slot, door in self._doors.items() if slot[0] != key}
+        self._doors.close(sender=key)
 
     def emit(self, event: str, **fields: Any) -> None:
         """Writes to events.jsonl: here if this is the root, else by a cast to it. From any thread."""
@@ -197,7 +196,7 @@ class Node:
         self._post(delivery.door.origin, [Kind.CANCELLED, delivery.id, what])
 
     def shut(self, cell: Cell) -> None:
-        self._doors = {slot: door for slot, door in self._doors.items() if door.cell is not cell}
+        self._doors.close(cell=cell)
 
     def pay(self, sender: str, actor: str, lane: Lane, messages: int, size: int) -> None:
         self._post(sender, [Kind.CREDIT, actor, lane.value, messages, size])
@@ -223,7 +222,7 @@ class Node:
         if not route.up:
             return False
         if route.here:
-            door = self._door(self.key, route.head)
+            door = self._doors.find(self.key, route.head)
             size = weigh(args, kwargs)
             if door.cell is not None and not door.mailbox.has_room(door.lane, size):
                 return False
@@ -266,7 +265,7 @@ class Node:
         self, kind: int, pending: Pending, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
         """Waits for room in an actor of this node. False if another incarnation has taken its place."""
-        door = self._door(self.key, route.head)
+        door = self._doors.find(self.key, route.head)
         size = weigh(args, kwargs)
         if door.cell is None:
             self._hand_over(kind, pending, door, args, kwargs, size)
@@ -287,7 +286,7 @@ class Node:
         try:
             envelope, buffers = encode([*head, [*args], kwargs])
         except CodecError as error:
-            raise _blame(error, route, args, kwargs) from None
+            raise blame(error, route, args, kwargs) from None
         size = size_of(envelope, buffers)
         bulk = size > BULK_BYTES
         if not await window.take(size):
@@ -298,7 +297,7 @@ class Node:
                 return False
             envelope = restamp(envelope, pending.deadline - self._loop.time())
             if not self.transport.send(route.node, envelope, buffers, bulk=bulk):
-                raise _not_connected(route)
+                raise not_connected(route)
         except RuntimeFault:
             window.give_back(size)
             raise
@@ -326,11 +325,11 @@ class Node:
             size = size_of(envelope, buffers)
             bulk = size > BULK_BYTES
             if not self.transport.send(route.node, envelope, buffers, bulk=bulk):
-                raise _not_connected(route)
+                raise not_connected(route)
         except RuntimeFault as error:
             if window is not None:
                 window.give_back()
-            raise _blame(error, route, args, kwargs) from None
+            raise blame(error, route, args, kwargs) from None
         if window is not None:
             window.charge(size)
             self.counters["sent"] += 1
@@ -396,27 +395,14 @@ class Node:
     def _accept(self, sender: str, fields: list[Any], size: int) -> Delivery:
         """Raises CodecError."""
         kind, _, left, id, head, args, kwargs = fields
-        door = self._doors.get((sender, head)) or self._door(sender, head)
         now = self._loop.time()
-        return Delivery(kind, id, door, now, now + left, args, kwargs, size)
-
-    def _door(self, sender: str, head: bytes) -> Door:
-        """Where the requests with that head go; it leads nowhere if the actor is not here. Raises CodecError."""
-        door = self._doors.get((sender, head))
-        if door is None:
-            actor, method, lane, incarnation = unpack_head(head)
-            door = Door(sender, actor, method, _LANES[lane], incarnation)
-            cell = self.cells.get(actor)
-            if cell is not None and cell.incarnation == incarnation and method in cell.actor.messages:
-                cell.open(door, credited=sender != self.key and door.counted)
-                self._doors[sender, head] = door
-        return door
+        return Delivery(kind, id, self._doors.find(sender, head), now, now + left, args, kwargs, size)
 
     def _deliver(self, delivery: Delivery) -> None:
         door = delivery.door
         try:
             if door.cell is None:
-                raise self._nobody(door)
+                raise self._doors.nobody(door)
             door.deliver(delivery)
         except RuntimeFault as error:
             if door.origin == self.key:
@@ -425,16 +411,6 @@ class Node:
             elif door.counted:
                 self.pay(door.origin, door.actor, door.lane, 1, delivery.size)
             self.dead_letter(delivery, error)
-
-    def _nobody(self, door: Door) -> RuntimeFault:
-        """Why a door leads nowhere."""
-        cell = self.cells.get(door.actor)
-        what = f"{door.actor}.{door.method} did not run: it was sent to incarnation {door.incarnation}"
-        if cell is None:
-            return ActorDied(f"{what}, it is not here now; ask again")
-        if cell.incarnation != door.incarnation:
-            return ActorRestarted(f"{what}, that is number {cell.incarnation} now; ask again")
-        return UnknownMessage(f"{cell.name} ({type(cell.actor).__name__}) has no @message {door.method!r}")
 
     def _refuse(self, sender: str, envelope: Envelope, buffers: list[Buffer], error: CodecError) -> None:
         """What can't be read fails the one who waits for it, there or here, if it can be told who that is."""
@@ -498,22 +474,3 @@ class Node:
             self.emit(event, **fields)
         except RuntimeFault:
             self.counters["lost_events"] += 1
-
-
-def _not_connected(route: Route) -> ActorDied:
-    return ActorDied(f"{route.status.name}: its node {route.node} is not connected; ask again")
-
-
-def _blame(error: RuntimeFault, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RuntimeFault:
-    """The error of a message that was not sent; if it can't travel, it says which argument is to blame."""
-    if not isinstance(error, CodecError):
-        return error
-    actor, method, *_ = unpack_head(route.head)
-    where = ""
-    for name, value in [*((f"argument {n}", arg) for n, arg in enumerate(args, 1)), *kwargs.items()]:
-        try:
-            encode(value)
-        except CodecError:
-            where = f"{name}: "
-            break
-    return CodecError(f"{actor}.{method}: {where}{error}")

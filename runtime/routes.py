@@ -8,10 +8,13 @@ A route holds as long as the directory says the same of the actor. Knows nothing
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from .codec import encode
 from .directory import Directory, Status
+from .errors import ActorDied, CodecError, RuntimeFault
 from .mailbox import CreditWindow, Lane
-from .protocol import pack_head
+from .protocol import pack_head, unpack_head
 
 
 @dataclass(slots=True, eq=False)
@@ -83,3 +86,23 @@ class Routes:
         elif (window.capacity, window.capacity_bytes) != (status.window, status.window_bytes):
             window.resize(status.window, status.window_bytes)
         return window
+
+
+def not_connected(route: Route) -> ActorDied:
+    """What a sender gets whose node has no way there."""
+    return ActorDied(f"{route.status.name}: its node {route.node} is not connected; ask again")
+
+
+def blame(error: RuntimeFault, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RuntimeFault:
+    """The error of a message that was not sent; if it can't travel, it says which argument is to blame."""
+    if not isinstance(error, CodecError):
+        return error
+    actor, method, *_ = unpack_head(route.head)
+    where = ""
+    for name, value in [*((f"argument {n}", arg) for n, arg in enumerate(args, 1)), *kwargs.items()]:
+        try:
+            encode(value)
+        except CodecError:
+            where = f"{name}: "
+            break
+    return CodecError(f"{actor}.{method}: {where}{error}")
