@@ -102,7 +102,7 @@ class Actor:
     messages: ClassVar[dict[str, MessageSpec]] = {}
     """The @message methods of the class, inherited ones included."""
 
-    mailbox_capacity: ClassVar[int] = 1024
+    mailbox_capacity: ClassVar[int] = 2048
     """Messages of each lane that may wait; see mailbox.py for what happens beyond."""
 
     snapshot_every_s: ClassVar[float | None] = None

@@ -19,79 +19,16 @@ from typing import Any, Protocol
 
 from .actor import Actor
 from .deadline import enter
-from .errors import ActorDied, DeadlineExceeded, MailboxFull, RuntimeFault, UnknownMessage
+from .doors import Delivery, Door
+from .errors import ActorDied, DeadlineExceeded, RuntimeFault
 from .mailbox import CreditDebt, CreditWindow, Lane, Mailbox
-from .protocol import KIND_NAMES, STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, window_of
+from .protocol import STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, window_of
 
 STOP_S = 5.0
 """Time that an actor's `stop` may take."""
 
 SLICE_S = 0.001
 """Turns follow each other at once for so long; then the loop's other work has its turn."""
-
-
-class Door:
-    """Where the messages of one kind from one node come in. Open as long as the cell behind it is there."""
-
-    cell: Cell | None = None
-    mailbox: Mailbox[Delivery]
-    handler: Callable[..., Any]
-    kind: str
-    debt: CreditDebt | None = None
-    """Its messages come by credits of their sender, which gets them back when they have left the mailbox."""
-
-    def __init__(self, origin: str, actor: str, method: str, lane: Lane, incarnation: int) -> None:
-        """`origin`: key of the sending node."""
-        self.origin = origin
-        self.actor = actor
-        self.method = method
-        self.lane = lane
-        self.incarnation = incarnation
-        self.counted = lane is not Lane.SYSTEM
-
-    def deliver(self, delivery: Delivery) -> None:
-        """Queues a message. Raises UnknownMessage, MailboxFull."""
-        if (self.kind == "stream") != (delivery.kind == Kind.STREAM):
-            remedy = "it answers many times: ask it with .stream(...)" if self.kind == "stream" else "call it instead"
-            raise UnknownMessage(f"{self.actor}.{self.method} is no {KIND_NAMES[delivery.kind]}; {remedy}")
-        try:
-            self.mailbox.put(delivery, self.lane, delivery.size, credited=self.debt is not None)
-        except MailboxFull as error:
-            raise MailboxFull(f"{self.actor}: {error}; slow down, or call, which waits for room") from None
-
-
-class Delivery:
-    """One message for one cell, already decoded. While it is handled it is the scope (deadline.py) of its handler."""
-
-    chosen = False
-    window: CreditWindow | None = None
-    """For a stream: items that may be under way to the caller."""
-    items = 0
-    """For a stream: items that have been sent."""
-    withdrawn = False
-    """The caller has given it up."""
-
-    def __init__(
-        self, kind: int, id: int, door: Door, since: float, limit: float, args: list[Any] | tuple[Any, ...],
-        kwargs: dict[str, Any], size: int,
-    ) -> None:  # fmt: skip
-        """`since`, `limit`: loop time when it came, and by when it must be done. `size`: in bytes."""
-        self.kind = kind
-        self.id = id
-        self.door = door
-        self.since = since
-        self.limit = limit
-        self.args = args
-        self.kwargs = kwargs
-        self.size = size
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.door.origin, self.id
-
-    @property
-    def owner(self) -> str:
-        return f"{self.door.actor}.{self.door.method}"
 
 
 class Answers(Protocol):
@@ -156,10 +93,8 @@ class Cell:
         self._starting: asyncio.Task[None] | None = None
 
     def open(self, door: Door, *, credited: bool) -> None:
-        """Makes a door lead here. Raises UnknownMessage."""
-        spec = self.actor.messages.get(door.method)
-        if spec is None:
-            raise UnknownMessage(f"{self.name} ({type(self.actor).__name__}) has no @message {door.method!r}")
+        """Makes a door lead here, to a message that the actor has."""
+        spec = self.actor.messages[door.method]
         door.mailbox = self.overlapping if spec.concurrent else self.turns
         door.handler = getattr(self.actor, door.method)
         door.kind = spec.kind

@@ -35,7 +35,7 @@ _MALFORMED = (ValueError, TypeError, msgpack.exceptions.UnpackException)
 
 def size_of(envelope: Envelope, buffers: Sequence[Buffer]) -> int:
     """Bytes of a message, as they count for credits and bounds; lent memory is not among them."""
-    return len(envelope) + sum(map(len, buffers)) if buffers else len(envelope)
+    return len(envelope) if not buffers else len(envelope) + sum(map(len, buffers))
 
 
 def is_system(envelope: Envelope) -> bool:

@@ -22,6 +22,9 @@ from .errors import MailboxFull
 
 T = TypeVar("T")
 
+MOST_OWED = 64
+"""Messages whose credit a receiver keeps back, at most."""
+
 MAILBOX_BYTES = 256 << 20
 """Bound of a mailbox lane where its actor sets none."""
 
@@ -93,7 +96,7 @@ class Mailbox(Generic[T]):
     def has_room(self, lane: Lane, size: int = 0) -> bool:
         """Whether `put` would succeed, and nobody waits for it."""
         queue = self._lanes[lane]
-        return not queue.waiting and self._fits(lane, size, queue)
+        return not queue.waiting and not queue.promised and self._fits(lane, size, queue)
 
     @asynccontextmanager
     async def room(self, lane: Lane, size: int = 0) -> AsyncIterator[None]:
@@ -193,7 +196,7 @@ class CreditWindow:
         self.available = capacity
         self.available_bytes = capacity_bytes
         self.sent = 0
-        """Messages that have gone out; counted by the sender."""
+        """Messages that have gone out."""
         self.taken = 0
         """Messages whose credit came back."""
         self._closed = False
@@ -236,8 +239,9 @@ class CreditWindow:
             raise
         return not self._closed
 
-    def charge(self, size: int) -> None:
-        """Adds bytes to a message whose credit was taken before its size was known."""
+    def charge(self, size: int = 0) -> None:
+        """A message has gone out; `size`: its bytes, if its credit was taken before they were known."""
+        self.sent += 1
         self.available_bytes -= size
 
     def give(self, messages: int, size: int = 0) -> bool:
@@ -279,12 +283,12 @@ class CreditWindow:
 
 class CreditDebt:
     """What a receiver owes one sender. It is paid when a quarter of the sender's window has come together, and so never
-    holds back what the sender needs to go on."""
+    holds back what the sender needs to go on; and soon enough that the sender knows well what has arrived."""
 
     def __init__(self, capacity: int, capacity_bytes: int) -> None:
         self.messages = 0
         self.bytes = 0
-        self._due = max(1, capacity // 4)
+        self._due = max(1, min(capacity // 4, MOST_OWED))
         self._due_bytes = max(1, capacity_bytes // 4)
 
     def add(self, size: int) -> bool:

@@ -31,23 +31,22 @@ from functools import partial
 from math import inf
 from typing import Any
 
-from .cell import Cell, Delivery, Door
+from .cell import Cell
 from .codec import Buffer, decode, encode, skim, weigh
 from .directory import Directory
-from .errors import ActorDied, ActorRestarted, CodecError, MailboxFull, RuntimeFault, UnknownMessage
+from .doors import Delivery, Door, Doors
+from .errors import ActorDied, CodecError, MailboxFull, RuntimeFault
 from .events import EventLog
 from .frame import Envelope, size_of
 from .mailbox import CreditWindow, Lane
-from .protocol import BULK_BYTES, STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, check, pack_error, restamp, unpack_head
+from .protocol import BULK_BYTES, STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, check, pack_error, restamp
 from .ref import Ref
-from .routes import Route, Routes
+from .routes import Route, Routes, blame, not_connected
 from .transport import Transport
-from .waits import Pending, Waits
+from .waits import Pending, PendingStream, Waits
 
 MAX_DEAD_LETTERS = 1000
 MAX_MALFORMED_EVENTS = 20
-
-_LANES = tuple(Lane)
 
 
 class Node:
@@ -64,7 +63,7 @@ class Node:
         self.waits = Waits(lambda name: self.directory.get(name).state, self._overdue)
         self._events = events
         self._fenced: set[str] = set()
-        self._doors: dict[tuple[str, bytes], Door] = {}
+        self._doors = Doors(key, self.cells)
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self.transport = Transport(key, address, self._receive, self._malformed)
@@ -77,7 +76,7 @@ class Node:
     async def call(self, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See Ref. Waits for a restarting actor to come back, for room, and for the answer, all within one deadline."""
         route = self.routes.find(name, method)
-        pending = self.waits.begin_call(name, method, route.own_s)
+        pending = self.waits.begin(Pending, name, method, route.own_s)
         try:
             if not self._ask(Kind.CALL, pending, route, args, kwargs):
                 await self._ask_later(Kind.CALL, pending, args, kwargs)
@@ -95,7 +94,7 @@ class Node:
             raise ActorDied(f"{name} is not up ({route.status.reason or 'starting'}); a call would wait")
         id = self.waits.next_id()
         if route.here:
-            door = self._door(self.key, route.head)
+            door = self._doors.find(self.key, route.head)
             self._deliver(Delivery(Kind.CAST, id, door, self._loop.time(), inf, args, kwargs, weigh(args, kwargs)))
             self.counters["sent"] += door.counted
             return
@@ -111,7 +110,7 @@ class Node:
     ) -> AsyncGenerator[Any, None]:
         """See Ref. The deadline bounds the wait for each item, not the whole."""
         route = self.routes.find(name, method)
-        pending = self.waits.begin_stream(name, method, route.own_s)
+        pending = self.waits.begin(PendingStream, name, method, route.own_s)
         patience = pending.deadline - pending.since
         consumed = consumed_bytes = 0
         try:
@@ -148,7 +147,7 @@ class Node:
         self.counters["lost"] += lost
         for cell in self.cells.values():
             cell.cancel_origin(key)
-        self._doors = {slot: door for slot, door in self._doors.items() if slot[0] != key}
+        self._doors.close(sender=key)
 
     def emit(self, event: str, **fields: Any) -> None:
         """Writes to events.jsonl: here if this is the root, else by a cast to it. From any thread."""
@@ -189,16 +188,15 @@ class Node:
             self._resolve(origin, kind, delivery.id, delivery.items, value, size)
             return size
         envelope, buffers = encode([kind, delivery.id, delivery.items, value])
-        size = size_of(envelope, buffers)
-        if not self.transport.send(origin, envelope, buffers, bulk=size > BULK_BYTES):
-            self.counters["undeliverable_answers"] += 1
+        size = len(envelope) if not buffers else size_of(envelope, buffers)
+        self._reply(origin, envelope, buffers, bulk=size > BULK_BYTES)
         return size
 
     def acknowledge(self, delivery: Delivery, what: str) -> None:
         self._post(delivery.door.origin, [Kind.CANCELLED, delivery.id, what])
 
     def shut(self, cell: Cell) -> None:
-        self._doors = {slot: door for slot, door in self._doors.items() if door.cell is not cell}
+        self._doors.close(cell=cell)
 
     def pay(self, sender: str, actor: str, lane: Lane, messages: int, size: int) -> None:
         self._post(sender, [Kind.CREDIT, actor, lane.value, messages, size])
@@ -224,7 +222,7 @@ class Node:
         if not route.up:
             return False
         if route.here:
-            door = self._door(self.key, route.head)
+            door = self._doors.find(self.key, route.head)
             size = weigh(args, kwargs)
             if door.cell is not None and not door.mailbox.has_room(door.lane, size):
                 return False
@@ -237,7 +235,7 @@ class Node:
         except RuntimeFault:
             self.waits.table.pop(pending.id, None)
             raise
-        self.waits.asked(pending, route.status.node, bulk)
+        self.waits.asked(pending, route.node, bulk)
         return True
 
     async def _ask_later(self, kind: int, pending: Pending, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -267,7 +265,7 @@ class Node:
         self, kind: int, pending: Pending, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
         """Waits for room in an actor of this node. False if another incarnation has taken its place."""
-        door = self._door(self.key, route.head)
+        door = self._doors.find(self.key, route.head)
         size = weigh(args, kwargs)
         if door.cell is None:
             self._hand_over(kind, pending, door, args, kwargs, size)
@@ -284,8 +282,13 @@ class Node:
         """Waits for room there and sends. False if the actor is not there any more."""
         window = route.window
         assert window is not None
-        envelope, buffers = self._pack(kind, pending.id, route, pending.deadline, args, kwargs)
+        head = [kind, route.lane, 0.0, pending.id, route.head]
+        try:
+            envelope, buffers = encode([*head, [*args], kwargs])
+        except CodecError as error:
+            raise blame(error, route, args, kwargs) from None
         size = size_of(envelope, buffers)
+        bulk = size > BULK_BYTES
         if not await window.take(size):
             return False
         try:
@@ -293,11 +296,14 @@ class Node:
                 window.give_back(size)
                 return False
             envelope = restamp(envelope, pending.deadline - self._loop.time())
-            bulk = self._submit(route, envelope, buffers, size)
+            if not self.transport.send(route.node, envelope, buffers, bulk=bulk):
+                raise not_connected(route)
         except RuntimeFault:
             window.give_back(size)
             raise
-        self.waits.asked(pending, route.status.node, bulk)
+        window.charge()
+        self.counters["sent"] += 1
+        self.waits.asked(pending, route.node, bulk)
         return True
 
     def _hand_over(
@@ -314,39 +320,33 @@ class Node:
         """Sends a request for which the credit of one message was taken. True if it goes the way of large ones."""
         window = route.window
         try:
-            envelope, buffers = self._pack(kind, id, route, limit, args, kwargs)
+            left = limit - self._loop.time()
+            envelope, buffers = encode([kind, route.lane, left, id, route.head, [*args], kwargs])
             size = size_of(envelope, buffers)
-            bulk = self._submit(route, envelope, buffers, size)
-        except RuntimeFault:
+            bulk = size > BULK_BYTES
+            if not self.transport.send(route.node, envelope, buffers, bulk=bulk):
+                raise not_connected(route)
+        except RuntimeFault as error:
             if window is not None:
                 window.give_back()
-            raise
+            raise blame(error, route, args, kwargs) from None
         if window is not None:
             window.charge(size)
-        return bulk
-
-    def _pack(
-        self, kind: int, id: int, route: Route, limit: float, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[bytes, list[Buffer]]:
-        try:
-            return encode([kind, route.lane, limit - self._loop.time(), id, route.head, [*args], kwargs])
-        except CodecError as error:
-            actor, method, *_ = unpack_head(route.head)
-            raise CodecError(f"{actor}.{method}: {_culprit(args, kwargs)}{error}") from None
-
-    def _submit(self, route: Route, envelope: Envelope, buffers: list[Buffer], size: int) -> bool:
-        status, bulk = route.status, size > BULK_BYTES
-        if not self.transport.send(status.node, envelope, buffers, bulk=bulk):
-            raise ActorDied(f"{status.name}: its node {status.node} is not connected; ask again")
-        if route.window is not None:
-            route.window.sent += 1
             self.counters["sent"] += 1
         return bulk
 
     def _post(self, node: str, fields: list[Any], *, bulk: bool = False) -> None:
         if node == self.key:
             self._control(node, fields)
-        elif node not in self._fenced and not self.transport.send(node, *encode(fields), bulk=bulk):
+        elif node not in self._fenced:
+            self._reply(node, *encode(fields), bulk=bulk)
+
+    def _reply(self, node: str, envelope: Envelope, buffers: list[Buffer], *, bulk: bool) -> None:
+        """Sends what nobody could be told of if it failed; whoever waits for it has a deadline."""
+        try:
+            if not self.transport.send(node, envelope, buffers, bulk=bulk):
+                self.counters["undeliverable_answers"] += 1
+        except MailboxFull:
             self.counters["undeliverable_answers"] += 1
 
     def _withdraw(self, pending: Pending) -> None:
@@ -388,51 +388,29 @@ class Node:
                 self._malformed(sender, str(error))
         elif kind <= Kind.END:
             _, id, number, value = fields
-            self._resolve(sender, kind, id, number, value, len(envelope) if not buffers else size_of(envelope, buffers))
+            self._resolve(sender, kind, id, number, value, size_of(envelope, buffers))
         else:
             self._control(sender, fields)
 
     def _accept(self, sender: str, fields: list[Any], size: int) -> Delivery:
         """Raises CodecError."""
         kind, _, left, id, head, args, kwargs = fields
-        door = self._doors.get((sender, head)) or self._door(sender, head)
         now = self._loop.time()
-        return Delivery(kind, id, door, now, now + left, args, kwargs, size)
-
-    def _door(self, sender: str, head: bytes) -> Door:
-        """Where the requests with that head go; it leads nowhere if the actor is not here. Raises CodecError."""
-        door = self._doors.get((sender, head))
-        if door is None:
-            actor, method, lane, incarnation = unpack_head(head)
-            door = Door(sender, actor, method, _LANES[lane], incarnation)
-            cell = self.cells.get(actor)
-            if cell is not None and cell.incarnation == incarnation and method in cell.actor.messages:
-                cell.open(door, credited=sender != self.key and door.counted)
-                self._doors[sender, head] = door
-        return door
+        return Delivery(kind, id, self._doors.find(sender, head), now, now + left, args, kwargs, size)
 
     def _deliver(self, delivery: Delivery) -> None:
         door = delivery.door
         try:
             if door.cell is None:
-                raise self._nobody(door)
+                raise self._doors.nobody(door)
             door.deliver(delivery)
         except RuntimeFault as error:
-            if door.origin != self.key and door.counted:
+            if door.origin == self.key:
+                if delivery.kind == Kind.CAST:
+                    raise
+            elif door.counted:
                 self.pay(door.origin, door.actor, door.lane, 1, delivery.size)
-            elif delivery.kind == Kind.CAST:
-                raise
             self.dead_letter(delivery, error)
-
-    def _nobody(self, door: Door) -> RuntimeFault:
-        """Why a door leads nowhere."""
-        cell = self.cells.get(door.actor)
-        what = f"{door.actor}.{door.method} did not run: it was sent to incarnation {door.incarnation}"
-        if cell is None:
-            return ActorDied(f"{what}, it is not here now; ask again")
-        if cell.incarnation != door.incarnation:
-            return ActorRestarted(f"{what}, that is number {cell.incarnation} now; ask again")
-        return UnknownMessage(f"{cell.name} ({type(cell.actor).__name__}) has no @message {door.method!r}")
 
     def _refuse(self, sender: str, envelope: Envelope, buffers: list[Buffer], error: CodecError) -> None:
         """What can't be read fails the one who waits for it, there or here, if it can be told who that is."""
@@ -496,13 +474,3 @@ class Node:
             self.emit(event, **fields)
         except RuntimeFault:
             self.counters["lost_events"] += 1
-
-
-def _culprit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Which argument can't travel."""
-    for name, value in [*((f"argument {n}", arg) for n, arg in enumerate(args, 1)), *kwargs.items()]:
-        try:
-            encode(value)
-        except CodecError:
-            return f"{name}: "
-    return ""

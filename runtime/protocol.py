@@ -27,7 +27,7 @@ STREAM_WINDOW = 64
 
 STREAM_WINDOW_BYTES = 64 << 20
 
-CALL_WINDOW = 1024
+CALL_WINDOW = 2048
 """Messages of one node under way to one lane of an actor before the actor must take some."""
 
 CALL_WINDOW_BYTES = 64 << 20
@@ -57,12 +57,12 @@ class Kind:
 
 KIND_NAMES: dict[int, str] = {code: name.lower() for name, code in vars(Kind).items() if name.isupper()}
 
-_REQUEST = (int, int, float, int, bytes, list, dict)
-_CONTROL: dict[int, tuple[type, ...]] = {
-    Kind.CANCEL: (int, str, int),
-    Kind.CANCELLED: (int, int, str),
-    Kind.CREDIT: (int, str, int, int, int),
-    Kind.MORE: (int, str, int, int, int),
+_REQUEST = [int, int, float, int, bytes, list, dict]
+_CONTROL: dict[int, list[type]] = {
+    Kind.CANCEL: [int, str, int],
+    Kind.CANCELLED: [int, int, str],
+    Kind.CREDIT: [int, str, int, int, int],
+    Kind.MORE: [int, str, int, int, int],
 }
 _LAST_LANE = 3
 
@@ -78,12 +78,12 @@ def check(fields: Any) -> int:
         raise CodecError("an envelope is a list that begins with its kind")
     kind: int = fields[0]
     if kind <= Kind.STREAM:
-        good = tuple(map(type, fields)) == _REQUEST and kind > 0 and 0 <= fields[1] <= _LAST_LANE
+        good = [*map(type, fields)] == _REQUEST and kind > 0 and 0 <= fields[1] <= _LAST_LANE
     elif kind <= Kind.END:
         good = len(fields) == 4 and type(fields[1]) is type(fields[2]) is int
         good = good and (kind != Kind.ERROR or _is_packed_error(fields[3]))
     else:
-        good = tuple(map(type, fields)) == _CONTROL.get(kind)
+        good = [*map(type, fields)] == _CONTROL.get(kind)
         good = good and (kind not in (Kind.CREDIT, Kind.MORE) or (fields[3] > 0 and fields[4] >= 0))
     if not good:
         raise CodecError(f"{KIND_NAMES.get(kind, 'an envelope of unknown kind')}: its fields are not those of its kind")

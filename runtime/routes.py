@@ -8,10 +8,13 @@ A route holds as long as the directory says the same of the actor. Knows nothing
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from .codec import encode
 from .directory import Directory, Status
+from .errors import ActorDied, CodecError, RuntimeFault
 from .mailbox import CreditWindow, Lane
-from .protocol import pack_head
+from .protocol import pack_head, unpack_head
 
 
 @dataclass(slots=True, eq=False)
@@ -19,6 +22,7 @@ class Route:
     """The way of one kind of message to one incarnation of an actor."""
 
     status: Status
+    node: str
     head: bytes
     """Where its messages go, as they say it; see protocol.py."""
     lane: int
@@ -63,7 +67,7 @@ class Routes:
         windows = [self._windows.pop(slot) for slot in gone]
         for window in windows:
             window.close()
-        for key in [key for key, route in self._routes.items() if route.status.node == node]:
+        for key in [key for key, route in self._routes.items() if route.node == node]:
             del self._routes[key]
         return sum(window.taken for window in windows), sum(window.under_way for window in windows)
 
@@ -72,7 +76,7 @@ class Routes:
         here = status.node == self._here
         window = None if here or lane is Lane.SYSTEM or not status.node else self._window(status, lane)
         head = pack_head(status.name, method, lane.value, status.incarnation)
-        return Route(status, head, lane.value, own_s, here, status.state == "up", window)
+        return Route(status, status.node, head, lane.value, own_s, here, status.state == "up", window)
 
     def _window(self, status: Status, lane: Lane) -> CreditWindow:
         slot = status.node, status.name, int(lane)
@@ -82,3 +86,23 @@ class Routes:
         elif (window.capacity, window.capacity_bytes) != (status.window, status.window_bytes):
             window.resize(status.window, status.window_bytes)
         return window
+
+
+def not_connected(route: Route) -> ActorDied:
+    """What a sender gets whose node has no way there."""
+    return ActorDied(f"{route.status.name}: its node {route.node} is not connected; ask again")
+
+
+def blame(error: RuntimeFault, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RuntimeFault:
+    """The error of a message that was not sent; if it can't travel, it says which argument is to blame."""
+    if not isinstance(error, CodecError):
+        return error
+    actor, method, *_ = unpack_head(route.head)
+    where = ""
+    for name, value in [*((f"argument {n}", arg) for n, arg in enumerate(args, 1)), *kwargs.items()]:
+        try:
+            encode(value)
+        except CodecError:
+            where = f"{name}: "
+            break
+    return CodecError(f"{actor}.{method}: {where}{error}")

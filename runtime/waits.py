@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from asyncio import current_task
 from collections import deque
 from collections.abc import Callable
 from math import inf
@@ -137,12 +136,17 @@ class Waits:
         """Of a message that nobody waits for."""
         return next(self._ids)
 
-    def begin_call(self, target: str, method: str, own_s: float) -> Pending:
+    def begin(self, kind: type[P], target: str, method: str, own_s: float) -> P:
         """`own_s`: the message's default deadline in seconds."""
-        return self._begin(Pending, target, method, own_s)
-
-    def begin_stream(self, target: str, method: str, own_s: float) -> PendingStream:
-        return self._begin(PendingStream, target, method, own_s)
+        loop = self._loop
+        now, scope, id = loop.time(), current_scope(), next(self._ids)
+        if scope is None:
+            pending = kind(id, target, method, asyncio.current_task(loop), now, now + own_s, loop.create_future())
+        else:
+            due = deadline_of_call(scope, now, own_s)
+            pending = kind(id, target, method, scope, now, due, loop.create_future())
+        self.table[id] = pending
+        return pending
 
     def asked(self, pending: Pending, node: str, bulk: bool = False) -> None:
         """The message is under way, or handed over."""
@@ -204,17 +208,6 @@ class Waits:
         self.fail("this node is closing")
         if self._timer is not None:
             self._timer.cancel()
-
-    def _begin(self, kind: type[P], target: str, method: str, own_s: float) -> P:
-        loop = self._loop
-        now, scope, id = loop.time(), current_scope(), next(self._ids)
-        if scope is None:
-            pending = kind(id, target, method, current_task(loop), now, now + own_s, loop.create_future())
-        else:
-            due = deadline_of_call(scope, now, own_s)
-            pending = kind(id, target, method, scope, now, due, loop.create_future())
-        self.table[id] = pending
-        return pending
 
     def _set_timer(self, due: float) -> None:
         if self._timer is not None:

@@ -314,7 +314,8 @@ async def test_cancelling_the_caller_cancels_the_handler_and_the_actor_serves_on
     with pytest.raises(asyncio.CancelledError):
         await asking
     await until(lambda: cell.actor.seen == ["held", "cancelled"])
-    assert await echo.echo(2) == 2 and net["a"].waits.rows() == []
+    assert await echo.echo(2) == 2
+    await until(lambda: net["a"].waits.rows() == [])
     await until(lambda: not cell.at_work())
 
 
@@ -464,8 +465,8 @@ async def test_leaving_the_loop_cancels_the_generator_and_runs_its_finally(net, 
     async for item in ref.count.stream(10**6):
         if item == 100:
             break
-    await until(lambda: actor.closed == 1)
-    assert actor.made < 400 and net["a"].waits.rows() == []
+    await until(lambda: actor.closed == 1 and net["a"].waits.rows() == [])
+    assert actor.made < 400
     assert await ref.state() == (actor.made, 1)
 
 
