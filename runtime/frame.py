@@ -16,6 +16,7 @@ import msgpack
 
 from .codec import Buffer
 from .errors import CodecError
+from .mailbox import Lane
 
 Envelope = list[Any]
 """[kind, id, target, method, lane, incarnation, milliseconds left or None, pack]; see node.py."""
@@ -26,8 +27,24 @@ MAX_ENVELOPES_PER_FRAME = 256
 MAX_FRAME_BYTES = 1 << 20
 """No further envelope joins a frame past it."""
 
+_HEAD_BYTES = 64
+"""What the other fields of an envelope take, about."""
+
 ZERO_COPY_BYTES = 64 * 1024
 """Smaller buffers are copied out of a message when it is received: a view would pin all of it."""
+
+
+def size_of(envelope: Envelope, buffers: Sequence[Buffer]) -> int:
+    """About how many bytes it takes while it waits."""
+    size = len(envelope[-1]) + _HEAD_BYTES
+    for buffer in buffers:
+        size += len(buffer)
+    return size
+
+
+def is_system(envelope: Envelope) -> bool:
+    """Whether it travels in the system lane: answers, credits, the runtime's own messages."""
+    return bool(envelope[4] == Lane.SYSTEM)
 
 
 def next_batch(queue: deque[Item]) -> list[Item]:

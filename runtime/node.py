@@ -24,8 +24,9 @@ from .frame import Envelope
 from .mailbox import CreditWindow, Lane
 from .protocol import REQUESTS, STREAM_WINDOW, Kind, pack_error
 from .ref import Ref
-from .transport import Transport
+from .transport import TransportFactory
 from .waits import Pending, Waits
+from .zmq_transport import ZmqTransport
 
 MAX_DEAD_LETTERS = 1000
 MAX_MALFORMED_EVENTS = 20
@@ -37,7 +38,9 @@ _LANES = {int(lane): lane for lane in Lane}
 class Node:
     """The messages of one process. `key` is `name#incarnation`, never used again after its death."""
 
-    def __init__(self, key: str, address: str, events: EventLog | None = None) -> None:
+    def __init__(
+        self, key: str, address: str, events: EventLog | None = None, transport: TransportFactory = ZmqTransport
+    ) -> None:
         self.key = key
         self.directory = Directory()
         self.cells: dict[str, Cell] = {}
@@ -51,7 +54,7 @@ class Node:
         self._fenced: set[str] = set()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
-        self.transport = Transport(key, address, self._receive, self._malformed)
+        self.transport = transport(key, address, self._receive, self._malformed)
 
     # Sending ------------------------------------------------------------------------------------------------
 
@@ -264,6 +267,7 @@ class Node:
     def _receive(self, sender: str, envelope: Envelope, buffers: list[Buffer]) -> None:
         if sender in self._fenced:
             self.counters["fenced"] += 1
+            self.transport.tell_fenced(sender)
             return
         code, id, target, method, lane_code, incarnation, left, pack = envelope
         kind, lane = _KINDS.get(code), _LANES.get(lane_code)
