@@ -54,20 +54,17 @@ class Keys:
     def load(cls, path: Path) -> Keys:
         """Reads what `save` wrote. Raises LaunchError if it is missing, damaged, or open to others."""
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            status = path.stat()
+            data = path.read_bytes() if stat.S_ISREG(status.st_mode) else None
         except OSError as error:
             raise LaunchError(f"key file {path}: {error.strerror}; write one with Keys.generate().save(path)") from None
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise LaunchError(f"key file {path}: it is no file")
-            if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-                mode = stat.S_IMODE(status.st_mode)
-                raise LaunchError(
-                    f"key file {path}: others may read it (user {status.st_uid}, mode {mode:04o}); it must be yours "
-                    f"alone: chmod 600 {path}, and if it was readable, make new keys"
-                )
-            data = file.read()
+        if data is None:
+            raise LaunchError(f"key file {path}: it is no file")
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise LaunchError(
+                f"key file {path}: others may read it (user {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}); "
+                f"it must be yours alone: chmod 600 {path}, and if it was readable, make new keys"
+            )
         try:
             table = tomllib.loads(data.decode())
             return cls(public=table["public"], secret=table["secret"], allowed=tuple(table["allowed"]))

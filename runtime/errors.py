@@ -84,3 +84,7 @@ class BadWeights(RuntimeFault):
 
 class ExchangeFull(RuntimeFault):
     """There is not enough memory to publish weights. The version before stays published."""
+
+
+class NodeLost(RuntimeFault):
+    """A node on another host and its root no longer hear each other. Ends the node; the root starts it again."""

@@ -23,7 +23,7 @@ from .curve import Keys
 from .errors import LaunchError
 from .frame import Envelope, is_system, join, size_of
 from .inbox import Form, Inbox, stamp
-from .transport import Backlog, OnEnvelope, OnMalformed, OnPeer, ignore
+from .transport import TELL_AGAIN_S, Backlog, OnEnvelope, OnMalformed, OnPeer, ignore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +107,10 @@ class MemoryTransport:
         self._links: dict[tuple[str, bool], _Link] = {}
         self._addresses: dict[str, str] = {}
         self._past: dict[str, str] = {}
-        clock = asyncio.get_running_loop().time
+        self._told: dict[str, float] = {}
+        self._loop = asyncio.get_running_loop()
         self.control, self.bulk = (
-            Inbox(on_envelope, on_malformed, lambda peer: self.on_beat(peer), lambda peer: self.on_fenced(peer), clock)
+            Inbox(on_envelope, on_malformed, self._take_beat, lambda peer: self.on_fenced(peer), self._loop.time)
             for _ in range(2)
         )
         self.address = self.listen(address, None)
@@ -156,8 +157,9 @@ class MemoryTransport:
         return max(times, default=None)
 
     def tell_fenced(self, peer: str) -> None:
-        address = self._past.get(peer)
-        if address is not None:
+        address, now = self._past.get(peer), self._loop.time()
+        if address is not None and now >= self._told.get(peer, now - TELL_AGAIN_S) + TELL_AGAIN_S:
+            self._told[peer] = now
             self._addresses[peer] = address
             self._tell(peer, Form.FENCED)
             del self._addresses[peer]
@@ -169,6 +171,12 @@ class MemoryTransport:
         self._addresses.clear()
         for address in [address for address, node in self.network.nodes.items() if node is self]:
             del self.network.nodes[address]
+
+    def _take_beat(self, peer: str) -> None:
+        if peer in self._past:
+            self.tell_fenced(peer)
+        else:
+            self.on_beat(peer)
 
     def _tell(self, peer: str, form: Form) -> None:
         link = self._link(peer, bulk=False)

@@ -33,7 +33,9 @@ from .actor import Actor, message
 from .agent import NodeAgent, agent_status, interface_of
 from .classes import class_path
 from .codec import dumps
+from .curve import Keys
 from .deadline import timeout
+from .detector import HeartbeatPolicy
 from .directory import Status
 from .errors import ActorDied, LaunchError, RemoteError, RestartBudgetExceeded, RuntimeFault
 from .events import EventLog
@@ -42,6 +44,7 @@ from .mailbox import Lane
 from .node import Node
 from .nodes import ROOT, HostedNode, Nodes
 from .ref import Ref
+from .remote import RemoteNodes
 from .supervisor import RestartBudget, RestartPolicy
 
 
@@ -68,9 +71,9 @@ class _Root(Actor):
         self.system: System
 
     @message(lane=Lane.SYSTEM)
-    async def hello(self, key: str, pid: int) -> None:
-        """A node process is up."""
-        self.system._nodes.on_hello(key)
+    async def hello(self, key: str, pid: int, address: str) -> None:
+        """A node process is up and can be reached at `address`."""
+        self.system._nodes.on_hello(key, address)
 
     @message(lane=Lane.SYSTEM)
     async def actor_ended(self, name: str, incarnation: int, error: list[str] | None) -> None:
@@ -87,10 +90,23 @@ class System:
     """A running system. Use as an async context manager; leaving it stops everything."""
 
     def __init__(
-        self, run_dir: Path | None = None, *, nodes: Mapping[str, NodeSpec] | None = None, seed: int = 0
+        self,
+        run_dir: Path | None = None,
+        *,
+        nodes: Mapping[str, NodeSpec] | None = None,
+        seed: int = 0,
+        keys: Keys | None = None,
+        listen: str = "127.0.0.1:0",
+        heartbeats: HeartbeatPolicy | None = None,
     ) -> None:
         """`run_dir`: where events.jsonl and logs/ go; None for a temporary one. `nodes`: specs of nodes that need
-        more than a name; others are made as actors ask for them."""
+        more than a name; others are made as actors ask for them.
+
+        For nodes on tcp: `keys` of the system, None for new ones; `listen`, host and port where they reach the root;
+        `heartbeats`, how both sides watch each other."""
+        self._keys = keys
+        self._listen = listen
+        self._heartbeats = heartbeats
         self._given_dir = run_dir
         self.run_dir: Path
         """Where events.jsonl and logs/ are."""
@@ -129,9 +145,12 @@ class System:
     async def _open_root(self) -> None:
         self.node = Node(f"{ROOT}#1", f"ipc://{self._scratch}/{ROOT}-1", self.events)
         status = Status(name="$root", node=self.node.key, state="up", incarnation=1, **interface_of(_Root))
+        self._remote = RemoteNodes(
+            self.node, self.events, keys=self._keys, policy=self._heartbeats, listen=self._listen
+        )
         self._nodes = Nodes(
             self.node, [status], self._specs, self.events, sockets=self._scratch, logs=self.run_dir / "logs",
-            on_death=self._on_node_death, start_task=self._task,
+            on_death=self._on_node_death, start_task=self._task, remote=self._remote,
         )  # fmt: skip
         self._agent = NodeAgent()
         self._agent.done.add_done_callback(self._on_agent_done)
@@ -214,6 +233,7 @@ class System:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._nodes.stop(patience_s)
+        self._remote.close()
         await self._agent.shutdown()
         await self._agent.close()
         await self.node.close()

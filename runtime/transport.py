@@ -36,6 +36,9 @@ RESERVE_MESSAGES = 1 << 12
 RESERVE_BYTES = 8 << 20
 """What the system lane may have beyond: answers, credits and cancellations get through where new work does not."""
 
+TELL_AGAIN_S = 1.0
+"""Between two tellings of a peer that it counts as dead."""
+
 MAX_IPC_PATH_BYTES = 107
 BULK_SUFFIX = ".bulk"
 

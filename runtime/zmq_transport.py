@@ -25,7 +25,17 @@ from .curve import Gate, Keys
 from .errors import LaunchError
 from .frame import ZERO_COPY_BYTES, Envelope, Item, is_system, join, next_batch, size_of
 from .inbox import CHUNK_BYTES, Form, Inbox, block_sizes, chunks, stamp
-from .transport import Backlog, OnEnvelope, OnMalformed, OnPeer, bulk_address, check_address, ignore, resolve
+from .transport import (
+    TELL_AGAIN_S,
+    Backlog,
+    OnEnvelope,
+    OnMalformed,
+    OnPeer,
+    bulk_address,
+    check_address,
+    ignore,
+    resolve,
+)
 
 MAX_ENVELOPES_PER_DRAIN = 1000
 """Received before other work of the loop gets its turn."""
@@ -68,15 +78,14 @@ class ZmqTransport:
         self._keys = keys
         self._loop = asyncio.get_running_loop()
         self._on_malformed = on_malformed
-        receive = partial(
-            Inbox, on_envelope, on_malformed, lambda peer: self.on_beat(peer), lambda peer: self.on_fenced(peer)
-        )
+        receive = partial(Inbox, on_envelope, on_malformed, self._take_beat, lambda peer: self.on_fenced(peer))
         self._control, self._bulk = receive(self._loop.time), receive(self._loop.time)
         self.serials = itertools.count(1)
         """Of all that this node sends: they rise on every way, also if a peer is connected again."""
+        self._addresses: dict[str, str] = {}
         self._links: dict[str, _Link] = {}
-        self._past: OrderedDict[str, str] = OrderedDict()
-        """Addresses of peers that were disconnected; the oldest are forgotten."""
+        self._past: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        """Of peers that were disconnected: the address, and when they were last told so. The oldest are forgotten."""
         self._routers: list[Socket] = []
         self._gate: Gate | None = None
         self._context: zmq.Context[Socket] = zmq.Context(io_threads=1)
@@ -105,29 +114,32 @@ class ZmqTransport:
         return address
 
     def connect(self, peer: str, address: str) -> None:
-        """Opens the way to a peer, whose socket had better be bound: ZeroMQ tries again only after a while."""
-        if peer not in self._links:
-            self._links[peer] = _Link(self, peer, address)
+        """Says where a peer is, whose socket had better be bound: ZeroMQ tries again only after a while.
+
+        The way to it is opened by the first message: most nodes never talk to most others.
+        """
+        self._addresses.setdefault(peer, address)
 
     def disconnect(self, peer: str) -> None:
-        link = self._links.pop(peer, None)
+        address, link = self._addresses.pop(peer, None), self._links.pop(peer, None)
         self._control.forget(peer)
         self._bulk.forget(peer)
         if link is not None:
             link.close(linger_ms=0)
-            self._past[peer] = link.address
+        if address is not None:
+            self._past[peer] = address, -TELL_AGAIN_S
             if len(self._past) > MAX_PAST_PEERS:
                 self._past.popitem(last=False)
 
     def send(self, peer: str, envelope: Envelope, buffers: list[Buffer], bulk: bool = False) -> bool:
-        link = self._links.get(peer)
+        link = self._links.get(peer) or self._open(peer)
         if link is None:
             return False
         (link.bulk if bulk else link.control).put(envelope, buffers)
         return True
 
     def beat(self, peer: str) -> None:
-        link = self._links.get(peer)
+        link = self._links.get(peer) or self._open(peer)
         if link is not None:
             link.control.beat()
 
@@ -136,11 +148,13 @@ class ZmqTransport:
         return max(times, default=None)
 
     def tell_fenced(self, peer: str) -> None:
-        address = self._past.pop(peer, "")  # Once is enough: who does not get it ends by the silence of its root.
-        if address.startswith("tcp://"):
+        address, told = self._past.get(peer, ("", 0.0))
+        now = self._loop.time()
+        if address.startswith("tcp://") and now - told >= TELL_AGAIN_S:
+            self._past[peer] = address, now
             dealer = self.dealer(address, 1)
             dealer.send(stamp(Form.FENCED, next(self.serials)))
-            dealer.close(linger=2000)
+            dealer.close(linger=1000)
 
     async def close(self, *, drain_s: float = 0.5) -> None:
         until = self._loop.time() + drain_s
@@ -153,6 +167,7 @@ class ZmqTransport:
         for link in self._links.values():
             link.close(linger_ms=int(drain_s * 1000))
         self._links.clear()
+        self._addresses.clear()
         for router in self._routers:
             router.close(linger=0)
         if self._gate is not None:
@@ -168,11 +183,24 @@ class ZmqTransport:
         dealer.setsockopt(zmq.RECONNECT_IVL, 20)
         dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         if address.startswith("tcp://"):
-            _harden(dealer)
+            _harden(dealer, address)
             if self._keys is not None:
                 self._keys.introduce(dealer)
         dealer.connect(address)
         return dealer
+
+    def _take_beat(self, peer: str) -> None:
+        if peer in self._past:
+            self.tell_fenced(peer)
+        else:
+            self.on_beat(peer)
+
+    def _open(self, peer: str) -> _Link | None:
+        address = self._addresses.get(peer)
+        if address is None:
+            return None
+        link = self._links[peer] = _Link(self, peer, address)
+        return link
 
     # Receiving ----------------------------------------------------------------------------------------------
 
@@ -233,7 +261,7 @@ class ZmqTransport:
             remedy = (
                 "choose another port, or port 0 for any that is free" if "tcp" in address else "is its folder there?"
             )
-            raise LaunchError(f"can't bind {address}: {error.strerror}; {remedy}") from None
+            raise LaunchError(f"can't bind {address}: {zmq.strerror(error.errno or 0)}; {remedy}") from None
         return [control, bulk]
 
     def _router(self, high_water_mark: int, address: str) -> Socket:
@@ -243,7 +271,7 @@ class ZmqTransport:
         # A peer that connects again is the same peer: without this its new connection would never be read.
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if address.startswith("tcp://"):
-            _harden(router)
+            _harden(router, address)
             if self._keys is not None:
                 self._keys.guard(router)
         return router
@@ -253,7 +281,7 @@ class _Link:
     """The two ways to one peer; the bulk way is opened when something is sent by it."""
 
     def __init__(self, transport: ZmqTransport, peer: str, address: str) -> None:
-        self.address = address
+        self._address = address
         self._transport = transport
         self._peer = peer
         self._bulk: _Outlet | None = None
@@ -262,7 +290,7 @@ class _Link:
     @property
     def bulk(self) -> _Outlet:
         if self._bulk is None:
-            dealer = self._transport.dealer(bulk_address(self.address), BULK_HIGH_WATER_MARK)
+            dealer = self._transport.dealer(bulk_address(self._address), BULK_HIGH_WATER_MARK)
             self._bulk = _Outlet(self._peer, dealer, self._transport.serials, chunked=True)
         return self._bulk
 
@@ -399,10 +427,10 @@ def _receive(router: Socket) -> tuple[bytes, list[memoryview]]:
     return identity, frames
 
 
-def _harden(socket: Socket) -> None:
+def _harden(socket: Socket, address: str) -> None:
     """Has a tcp socket notice when the other end is gone, and drop who does not finish its handshake."""
     for option, value in (
-        (zmq.IPV6, 1),
+        (zmq.IPV6, int("[" in address)),
         (zmq.HANDSHAKE_IVL, 10_000),
         (zmq.HEARTBEAT_IVL, 2_000),
         (zmq.HEARTBEAT_TIMEOUT, 10_000),

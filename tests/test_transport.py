@@ -25,6 +25,14 @@ def envelope(id=1, pack=b"\xc0", lane=2):
     return [1, id, "target", "method", lane, 1, None, pack]
 
 
+def number_of(env):
+    return env[1]
+
+
+def pack_of(env):
+    return env[-1]
+
+
 @pytest.fixture
 def folder():
     path = tempfile.mkdtemp(prefix="hr-")
@@ -55,7 +63,7 @@ async def test_envelopes_arrive_once_in_order_with_their_buffers(link):
         if i % 50 == 0:
             await asyncio.sleep(0)
     await until(lambda: len(got) == len(sent))
-    assert [(env[1], [bytes(b) for b in bufs]) for _, env, bufs in got] == sent and not bad
+    assert [(number_of(env), [bytes(b) for b in bufs]) for _, env, bufs in got] == sent and not bad
     assert {who for who, _, _ in got} == {"s#1"}
 
 
@@ -77,7 +85,7 @@ async def test_large_arrays_arrive_whole(link):
     sender.send("r#1", envelope(1, pack), buffers)
     await until(lambda: got)
     (_, received, parts) = got[0]
-    assert all(np.array_equal(a, b) for a, b in zip(arrays, decode(received[-1], parts), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(arrays, decode(pack_of(received), parts), strict=True))
 
 
 def deafen(transport):
@@ -106,7 +114,7 @@ async def test_more_than_the_high_water_mark_waits_in_our_queue_and_is_not_lost(
     assert len(sender._links["r#1"].control._queue) > 100
     heed(receiver)
     await until(lambda: len(got) == 3000)
-    assert [env[1] for _, env, _ in got] == list(range(3000))
+    assert [number_of(env) for _, env, _ in got] == list(range(3000))
     await sender.close()
     await receiver.close()
 
@@ -132,8 +140,10 @@ async def test_what_waits_for_a_peer_is_bounded_and_the_system_lane_has_its_rese
             sender.send("r#1", envelope(-1, lane=0), [piece], bulk)
     sender.send("r#1", envelope(-2), [], not bulk)  # The other way has its own.
     heed(receiver)
-    await until(lambda: any(env[1] == sent for _, env, _ in got) and any(env[1] == -2 for _, env, _ in got))
-    ids = [env[1] for _, env, _ in got if env[1] >= 0]
+    await until(
+        lambda: any(number_of(env) == sent for _, env, _ in got) and any(number_of(env) == -2 for _, env, _ in got)
+    )
+    ids = [number_of(env) for _, env, _ in got if number_of(env) >= 0]
     assert ids == list(range(sent + 1))
     sender.send("r#1", envelope(), [b"x" * (21 << 20)], bulk)  # Alone, what may travel at all is taken.
 
@@ -240,7 +250,7 @@ async def test_a_bulk_message_arrives_whole_whatever_its_size(link, size):
     for i in range(3):
         assert sender.send("r#1", envelope(i, rng.bytes(50)), buffers, bulk=True)
     await until(lambda: len(got) == 3)
-    assert not bad and [env[1] for _, env, _ in got] == [0, 1, 2]
+    assert not bad and [number_of(env) for _, env, _ in got] == [0, 1, 2]
     for _, _, received in got:
         assert [bytes(buffer) for buffer in received] == buffers
 
@@ -253,7 +263,7 @@ async def test_received_blocks_stay_as_they_are_while_somebody_looks_at_them_and
         sender.send("r#1", envelope(i, pack), buffers, bulk=True)
         await until(lambda i=i: len(got) > 0)
         _, env, parts = got.pop()
-        array = decode(env[-1], parts)
+        array = decode(pack_of(env), parts)
         if i % 4 == 0:
             kept.append(array[10:-10])
         del array, env, parts
@@ -269,7 +279,7 @@ async def test_a_small_message_does_not_wait_for_a_large_one(link):
         sender.send("r#1", envelope(i), flood, bulk=True)
     sender.send("r#1", envelope(99), [])
     await until(lambda: len(got) == 5)
-    assert got[0][1][1] == 99 and [env[1] for _, env, _ in got[1:]] == [0, 1, 2, 3]
+    assert number_of(got[0][1]) == 99 and [number_of(env) for _, env, _ in got[1:]] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -315,7 +325,7 @@ async def test_a_message_that_comes_twice_is_taken_once(link):
         inbox.accept(b"x#1", frames[n])
     inbox.accept(b"y#1", frames[2])
     # 899 came after 2000: that long ago nobody knows.
-    assert [env[1] for _, env, _ in got] == [1, 2, 4, 3, 900, 5, 2000, 1999, 4000, 2]
+    assert [number_of(env) for _, env, _ in got] == [1, 2, 4, 3, 900, 5, 2000, 1999, 4000, 2]
     assert receiver.duplicates == 9
 
 
