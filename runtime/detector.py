@@ -64,10 +64,10 @@ class Detector:
         """Any message came: it was alive."""
         self._heard = max(self._heard, now)
 
-    def forgive(self, seconds: float) -> None:
+    def forgive(self, seconds: float, now: float) -> None:
         """The one who watches was itself at a standstill: that much silence means nothing."""
-        self._heard += seconds
-        self._beat += seconds
+        self._heard = min(self._heard + seconds, now)
+        self._beat = min(self._beat + seconds, now)
 
     def silence(self, now: float) -> float:
         """Seconds since it was heard."""

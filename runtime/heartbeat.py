@@ -80,7 +80,7 @@ class Heartbeats:
                 self._transport.beat(peer)
         for peer, detector in list(self._detectors.items()):
             if stalled:
-                detector.forgive(since)
+                detector.forgive(since, now)
             heard = self._transport.heard(peer)
             if heard is not None:
                 detector.heard(heard)

@@ -43,7 +43,7 @@ MAX_ENVELOPES_PER_DRAIN = 1000
 MAX_MESSAGES_PER_FLUSH = 64
 """Sent before other work of the loop gets its turn."""
 
-HIGH_WATER_MARK = 512
+HIGH_WATER_MARK = 128
 BULK_HIGH_WATER_MARK = 8
 """Messages that ZeroMQ holds for one peer; by the bulk way these are chunks."""
 

@@ -91,9 +91,18 @@ def test_who_stood_still_itself_blames_nobody():
     detector = Detector(POLICY, 0.0)
     for n in range(1, 20):
         detector.beat(float(n))
-    detector.forgive(100.0)
+    detector.forgive(100.0, 119.5)
     assert detector.state(119.9) == "alive" and detector.silence(120.0) == 1.0
     assert detector.state(130.0) == "lost"
+
+
+def test_forgiveness_reaches_no_further_than_now():
+    detector = Detector(POLICY, 0.0)
+    for n in range(1, 20):
+        detector.beat(float(n))
+    detector.beat(119.0)  # It was read before the standstill was noticed.
+    detector.forgive(100.0, 119.5)
+    assert detector.silence(121.0) == 1.5
 
 
 @given(st.lists(st.floats(0.001, 20), max_size=50), st.floats(0, 1000), st.floats(0, 100))
