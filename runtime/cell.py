@@ -204,7 +204,7 @@ class Cell:
                     self._abandon(delivery)
                     raise
             finally:
-                del self._running[delivery.key]
+                self._running.pop(delivery.key, None)  # A hostile peer may use a number twice.
             if delivery.withdrawn and task.uncancel():
                 raise asyncio.CancelledError  # The cell was stopped in the same turn of the loop.
             if time.perf_counter() - began > SLICE_S:
@@ -269,7 +269,7 @@ class Cell:
 
     def _ended(self, delivery: Delivery, task: asyncio.Task[None]) -> None:
         # Here and not in the handler: a task that is cancelled before its first step runs none of its code.
-        del self._running[delivery.key]
+        self._running.pop(delivery.key, None)
         if task.cancelled() and not delivery.withdrawn:
             self._abandon(delivery)
 

@@ -27,6 +27,7 @@ MAX_ENVELOPES_PER_FRAME = 256
 MAX_FRAME_BYTES = 1 << 20
 """No further envelope joins a frame past it."""
 
+_SYSTEM = int(Lane.SYSTEM)
 _HEAD_BYTES = 64
 """What the other fields of an envelope take, about."""
 
@@ -44,7 +45,7 @@ def size_of(envelope: Envelope, buffers: Sequence[Buffer]) -> int:
 
 def is_system(envelope: Envelope) -> bool:
     """Whether it travels in the system lane: answers, credits, the runtime's own messages."""
-    return bool(envelope[4] == Lane.SYSTEM)
+    return bool(envelope[4] == _SYSTEM)
 
 
 def next_batch(queue: deque[Item]) -> list[Item]:

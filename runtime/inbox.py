@@ -30,6 +30,9 @@ VERSION = 1
 CHUNK_BYTES = 1 << 20
 """Of a large message that travel at once."""
 
+OVERHEAD_BYTES = 1 << 24
+"""What the first frame of a message may have beside what it carries."""
+
 MAX_FRAMES = 1 << 16
 """Of one large message."""
 
@@ -100,8 +103,7 @@ class _Sender:
             self.seen = ((self.seen << ahead) | 1) & _WINDOW_MASK if ahead < _WINDOW else 1
             self.last = serial
             return True
-        bit = 1 << -ahead
-        if -ahead >= _WINDOW or self.seen & bit:
+        if ahead <= -_WINDOW or self.seen & (bit := 1 << -ahead):
             return False
         self.seen |= bit
         return True
@@ -117,8 +119,11 @@ class Inbox:
         on_beat: OnPeer,
         on_fenced: OnPeer,
         clock: Callable[[], float],
+        max_bytes: int = MAX_MESSAGE_BYTES + OVERHEAD_BYTES,
     ) -> None:
+        """`max_bytes`: of one message; a larger one is refused."""
         self.duplicates = 0
+        self._max_bytes = max_bytes
         self._on_envelope = on_envelope
         self._on_malformed = on_malformed
         self._on_beat = on_beat
@@ -139,6 +144,11 @@ class Inbox:
             if not frames or len(frames[0]) < _STAMP.size:
                 raise CodecError("a message without its first eight bytes")
             (head,) = _STAMP.unpack_from(frames[0])
+            size = sum(map(len, frames))
+            if size > self._max_bytes:
+                raise CodecError(
+                    f"an oversized message of {size} bytes; by this way they have {self._max_bytes} at most"
+                )
             if head >> 56 != VERSION:
                 raise CodecError(
                     f"wire version {head >> 56}, this node speaks {VERSION}: run the same release everywhere"

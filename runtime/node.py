@@ -230,7 +230,13 @@ class Node:
             self._control(kind, self.key, id, target, value)
             return
         pack, buffers = encode(value)
-        if not self.transport.send(node, [kind, id, target, "", Lane.SYSTEM, 0, None, pack], buffers):
+        try:
+            sent = self.transport.send(node, [kind, id, target, "", Lane.SYSTEM, 0, None, pack], buffers)
+        except MailboxFull:
+            if kind in (Kind.REPLY, Kind.ITEM):
+                raise  # The cell answers with this error instead, which is small.
+            sent = False
+        if not sent:
             self.counters["undeliverable_answers"] += 1
 
     def _withdraw(self, pending: Pending) -> None:

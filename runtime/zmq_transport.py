@@ -14,8 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
-from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections import OrderedDict
 from functools import partial
 
 import zmq
@@ -23,11 +22,11 @@ import zmq
 from .codec import Buffer
 from .curve import Gate, Keys
 from .errors import LaunchError
-from .frame import ZERO_COPY_BYTES, Envelope, Item, is_system, join, next_batch, size_of
-from .inbox import CHUNK_BYTES, Form, Inbox, block_sizes, chunks, stamp
+from .frame import Envelope
+from .inbox import CHUNK_BYTES, Form, Inbox, stamp
+from .outlet import BulkOutlet, Outlet, Socket
 from .transport import (
     TELL_AGAIN_S,
-    Backlog,
     OnEnvelope,
     OnMalformed,
     OnPeer,
@@ -40,23 +39,18 @@ from .transport import (
 MAX_ENVELOPES_PER_DRAIN = 1000
 """Received before other work of the loop gets its turn."""
 
-MAX_MESSAGES_PER_FLUSH = 64
-"""Sent before other work of the loop gets its turn."""
-
 HIGH_WATER_MARK = 128
 BULK_HIGH_WATER_MARK = 8
 """Messages that ZeroMQ holds for one peer; by the bulk way these are chunks."""
 
-MAX_PIECE_BYTES = (1 << 31) + (1 << 24)
-"""Of one frame by the control way. ZeroMQ cuts the connection of a sender that goes beyond."""
-
-FLUSH_AT = 256
-"""Envelopes that wait at most for the end of the loop turn."""
+MAX_PIECE_BYTES = (1 << 31) + (1 << 25)
+MAX_BULK_PIECE_BYTES = 1 << 26
+"""Of one frame by each way. The inbox refuses less and says so; whoever goes beyond, ZeroMQ hangs up on."""
 
 PORT_ATTEMPTS = 50
 MAX_PAST_PEERS = 1024
 
-Socket = zmq.Socket[bytes]
+_NOBLOCK = int(zmq.NOBLOCK)
 
 
 class ZmqTransport:
@@ -79,7 +73,8 @@ class ZmqTransport:
         self._loop = asyncio.get_running_loop()
         self._on_malformed = on_malformed
         receive = partial(Inbox, on_envelope, on_malformed, self._take_beat, lambda peer: self.on_fenced(peer))
-        self._control, self._bulk = receive(self._loop.time), receive(self._loop.time)
+        self._control = receive(self._loop.time)
+        self._bulk = receive(self._loop.time, 2 * CHUNK_BYTES)
         self.serials = itertools.count(1)
         """Of all that this node sends: they rise on every way, also if a peer is connected again."""
         self._addresses: dict[str, str] = {}
@@ -250,7 +245,7 @@ class ZmqTransport:
         """The control socket at `address`, the bulk socket beside it."""
         control, bulk = self._router(HIGH_WATER_MARK, address), self._router(BULK_HIGH_WATER_MARK, address)
         control.setsockopt(zmq.MAXMSGSIZE, MAX_PIECE_BYTES)
-        bulk.setsockopt(zmq.MAXMSGSIZE, 2 * CHUNK_BYTES)
+        bulk.setsockopt(zmq.MAXMSGSIZE, MAX_BULK_PIECE_BYTES)
         try:
             control.bind(address)
             address = bulk_address(control.getsockopt_string(zmq.LAST_ENDPOINT))
@@ -284,17 +279,17 @@ class _Link:
         self._address = address
         self._transport = transport
         self._peer = peer
-        self._bulk: _Outlet | None = None
-        self.control = _Outlet(peer, transport.dealer(address, HIGH_WATER_MARK), transport.serials, chunked=False)
+        self._bulk: BulkOutlet | None = None
+        self.control = Outlet(peer, transport.dealer(address, HIGH_WATER_MARK), transport.serials)
 
     @property
-    def bulk(self) -> _Outlet:
+    def bulk(self) -> BulkOutlet:
         if self._bulk is None:
             dealer = self._transport.dealer(bulk_address(self._address), BULK_HIGH_WATER_MARK)
-            self._bulk = _Outlet(self._peer, dealer, self._transport.serials, chunked=True)
+            self._bulk = BulkOutlet(self._peer, dealer, self._transport.serials)
         return self._bulk
 
-    def outlets(self) -> list[_Outlet]:
+    def outlets(self) -> list[Outlet]:
         return [self.control] if self._bulk is None else [self.control, self._bulk]
 
     def close(self, *, linger_ms: int) -> None:
@@ -302,126 +297,13 @@ class _Link:
             outlet.close(linger_ms)
 
 
-class _Outlet:
-    """What waits to be sent by one socket."""
-
-    def __init__(self, peer: str, dealer: Socket, serials: Iterator[int], *, chunked: bool) -> None:
-        self._dealer = dealer
-        self._serials = serials
-        self._chunked = chunked
-        self._loop = asyncio.get_running_loop()
-        self._queue: deque[Item] = deque()
-        self._backlog = Backlog(peer)
-        self._parts: Iterator[list[Buffer]] = iter(())
-        """The rest of the message that is being sent, if it travels as several."""
-        self._under_way = 0, 0
-        """Envelopes and bytes of that message."""
-        self._stuck: list[Buffer] | None = None
-        """What ZeroMQ had no room for."""
-        self._beat_due = False
-        self._scheduled = False
-        self._emptied: asyncio.Event | None = None
-        self._loop.add_reader(dealer.fileno(), self.flush)
-
-    def put(self, envelope: Envelope, buffers: list[Buffer]) -> None:
-        """Queues an envelope. Raises MailboxFull, CodecError."""
-        self._backlog.add(size_of(envelope, buffers), system=is_system(envelope))
-        self._queue.append((envelope, buffers))
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self.flush)
-        elif len(self._queue) == FLUSH_AT:
-            self.flush()
-
-    def beat(self) -> None:
-        self._beat_due = True
-        self.flush()
-
-    def flush(self) -> None:
-        """Sends until ZeroMQ takes no more, or it is the turn of others."""
-        self._scheduled = False
-        dealer = self._dealer
-        if dealer.closed:
-            return
-        for _ in range(MAX_MESSAGES_PER_FLUSH):
-            message = self._stuck or self._next_message()
-            if message is None:
-                break
-            self._stuck = message
-            try:
-                _send(dealer, message)
-            except zmq.Again:
-                # The descriptor is edge-triggered: reading EVENTS re-arms it, and a wake-up flushes again.
-                if not int(dealer.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
-                    return
-                continue
-            self._stuck = None
-        else:
-            self._scheduled = True
-            self._loop.call_soon(self.flush)
-        dealer.getsockopt(zmq.EVENTS)
-        if self._emptied is not None and not self._backlog.messages:
-            self._emptied.set()
-
-    async def sent(self, until: float) -> None:
-        """Waits until all is with ZeroMQ, at most until that loop time."""
-        if self._backlog.messages:
-            self._emptied = asyncio.Event()
-            try:
-                async with asyncio.timeout_at(until):
-                    await self._emptied.wait()
-            except TimeoutError:
-                return
-
-    def close(self, linger_ms: int) -> None:
-        self._loop.remove_reader(self._dealer.fileno())
-        self._dealer.close(linger=linger_ms)
-
-    def _next_message(self) -> list[Buffer] | None:
-        if self._beat_due:
-            self._beat_due = False
-            return [self._stamp(Form.BEAT)]
-        part = next(self._parts, None)
-        if part is not None:
-            return part
-        self._backlog.remove(*self._under_way)
-        self._under_way = 0, 0
-        if not self._queue:
-            return None
-        batch = [self._queue[0]] if self._chunked else next_batch(self._queue)
-        frames = join(batch)
-        self._under_way = len(batch), sum(size_of(*item) for item in batch)
-        for _ in batch:
-            self._queue.popleft()
-        if self._chunked and sum(map(len, frames)) > CHUNK_BYTES:
-            self._parts = self._chunks(frames)
-            return [self._stamp(Form.BLOCK, block_sizes(frames))]
-        frames[0] = self._stamp(Form.BATCH, frames[0])
-        return frames
-
-    def _chunks(self, frames: list[Buffer]) -> Iterator[list[Buffer]]:
-        for offset, piece in chunks(frames):
-            yield [self._stamp(Form.CHUNK, offset), piece]
-
-    def _stamp(self, form: Form, rest: Buffer = b"") -> bytes:
-        return stamp(form, next(self._serials), rest)
-
-
-def _send(dealer: Socket, frames: list[Buffer]) -> None:
-    """Sends one message, or raises zmq.Again and sends nothing of it."""
-    last = len(frames) - 1
-    for index, frame in enumerate(frames):
-        flags = zmq.NOBLOCK if index == last else zmq.NOBLOCK | zmq.SNDMORE
-        dealer.send(frame, flags, copy=len(frame) < ZERO_COPY_BYTES)
-
-
 def _receive(router: Socket) -> tuple[bytes, list[memoryview]]:
     """The sender's identity and the frames of one message. Raises zmq.Again."""
-    identity = router.recv(zmq.NOBLOCK)
+    identity = router.recv(_NOBLOCK)
     frames = []
     more = True
     while more:
-        part = router.recv(zmq.NOBLOCK, copy=False)
+        part = router.recv(_NOBLOCK, copy=False)
         frames.append(part.buffer)
         more = part.more
     return identity, frames

@@ -41,6 +41,10 @@ class Ledger(Actor):
         self.done.append(number)
         raise KeyError(number)
 
+    @message(concurrent=True)
+    async def give(self, size: int) -> bytes:
+        return bytes(size)
+
     @message
     async def note(self, number: int) -> None:
         self.done.append(number)
@@ -203,6 +207,25 @@ def test_what_is_under_way_is_bounded(monkeypatch):
                 ref.note.cast(number)
         await asyncio.sleep(3)
         ref.note.cast(100)
+        await world.close()
+
+    run(main)
+
+
+def test_an_answer_that_finds_no_room_becomes_an_error_of_its_caller(monkeypatch):
+    from headrace.runtime import transport
+
+    monkeypatch.setattr(transport, "BACKLOG_BYTES", 1_000_000)
+    monkeypatch.setattr(transport, "RESERVE_BYTES", 100_000)
+
+    async def main():
+        world, _ = await two()
+        world.network.set_quality(LinkQuality(delay_s=(1.0, 1.0)), "b", "a")
+        ref = world.nodes["a"].ref("ledger")
+        ends = await asyncio.gather(*(ref.give(300_000) for _ in range(10)), return_exceptions=True)
+        assert [type(end) for end in ends] == [bytes] * 3 + [MailboxFull] * 7
+        assert "to be sent to a#1, which takes them too slowly" in str(ends[-1])
+        assert len(await ref.give(10)) == 10
         await world.close()
 
     run(main)

@@ -21,6 +21,11 @@ def events_of(path):
     return [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
 
 
+def seen_by_all(pid):
+    """The command line and the environment of a process."""
+    return "".join(Path(f"/proc/{pid}/{name}").read_text() for name in ("cmdline", "environ"))
+
+
 def far(name, **more):
     return NodeSpec(name=name, transport="tcp", **more)
 
@@ -37,8 +42,7 @@ async def test_a_node_on_tcp_works_as_any_other(tmp_path):
         assert np.array_equal(await two.echo(big), big)
         addresses = {name: system._nodes[name].address for name in ("near", "one", "two")}
         assert addresses["near"].startswith("ipc://") and addresses["one"].startswith("tcp://127.0.0.1:")
-        seen_by_all = [Path(f"/proc/{system.pids()['one']}/{name}").read_text() for name in ("cmdline", "environ")]
-        assert system._remote.keys.secret not in "".join(seen_by_all)
+        assert system._remote.keys.secret not in seen_by_all(system.pids()["one"])
 
 
 async def test_a_node_beyond_loopback_needs_keys_that_others_can_have(tmp_path):

@@ -315,6 +315,23 @@ async def test_hostile_blocks_are_reported_and_the_next_message_of_that_peer_is_
     assert len(bad) == 1
 
 
+async def test_an_oversized_message_is_reported_and_a_monstrous_one_costs_its_sender_the_connection(link):
+    sender, receiver, got, bad = link
+    context = zmq.Context()
+    with context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.ROUTING_ID, b"fat#1")
+        socket.setsockopt(zmq.LINGER, 2000)
+        socket.connect(bounds.bulk_address(receiver.address))
+        socket.send_multipart([stamp(Form.BATCH, 1, b"\x90"), bytes(3 * CHUNK_BYTES)])
+        await until(lambda: bad)
+        socket.send(bytes(module.MAX_BULK_PIECE_BYTES + 1))
+        sender.send("r#1", envelope(1), [b"x" * 100], bulk=True)
+        sender.send("r#1", envelope(2), [])
+        await until(lambda: len(got) == 2)
+    context.term()
+    assert len(bad) == 1 and bad[0][0] == "fat#1" and "oversized message of 3145737 bytes" in bad[0][1]
+
+
 # Serial numbers
 
 
