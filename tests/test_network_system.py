@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +76,47 @@ async def test_a_silent_node_is_lost_fenced_and_ends_itself_when_it_hears_of_it(
         assert "counts this node as dead; it ends itself" in (tmp_path / "logs" / "far.log").read_text()
     said = [event for event in events_of(tmp_path) if event["event"] == "node_exit"]
     assert said[0]["reason"].startswith("lost: nothing was heard of it for")
+
+
+ROOT_SCRIPT = """
+import asyncio, sys
+from pathlib import Path
+from sample_actors import Echo
+from headrace.runtime import NodeSpec, System
+from headrace.runtime.detector import HeartbeatPolicy
+
+async def main():
+    policy = HeartbeatPolicy(interval_s=0.2, grace_s=60.0, orphan_s=1.5)
+    nodes = {"far": NodeSpec(name="far", transport="tcp")}
+    async with System(Path(sys.argv[1]), nodes=nodes, heartbeats=policy) as system:
+        await system.spawn(Echo(), name="far", node="far")
+        print(system.pids()["far"], flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def has_ended(pid):
+    """Also if its parent, which is at a standstill, has not taken note."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+async def test_a_node_that_hears_nothing_of_its_root_ends_itself(tmp_path):
+    """The root is stopped: it is not dead, so the kernel ends nobody."""
+    root = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-c", ROOT_SCRIPT, str(tmp_path), stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+    try:
+        pid = int(await asyncio.wait_for(root.stdout.readline(), 60))
+        assert not has_ended(pid)
+        root.send_signal(signal.SIGSTOP)
+        await until(lambda: has_ended(pid))
+    finally:
+        root.kill()
+        await root.communicate()
+    assert "nothing was heard of root#1 for" in (tmp_path / "logs" / "far.log").read_text()
