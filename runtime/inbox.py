@@ -20,7 +20,7 @@ from enum import IntEnum
 
 import msgpack
 
-from .blocks import BlockPool
+from .buffers import BufferPool
 from .codec import Buffer
 from .errors import CodecError
 from .frame import split
@@ -130,7 +130,7 @@ class Inbox:
         self._on_fenced = on_fenced
         self._clock = clock
         self._senders: dict[bytes, _Sender] = {}
-        self._pool = BlockPool()
+        self._pool = BufferPool()
 
     def heard(self, peer: str) -> float | None:
         """What `clock` showed at the last message of that peer; None if there was none."""

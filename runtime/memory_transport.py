@@ -100,6 +100,7 @@ class MemoryTransport:
         self, network: MemoryNetwork, identity: str, address: str, on_envelope: OnEnvelope, on_malformed: OnMalformed
     ) -> None:
         self.identity = identity
+        self.local: set[str] = set()
         self.on_beat: OnPeer = ignore
         self.on_fenced: OnPeer = ignore
         self.network = network

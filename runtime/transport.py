@@ -49,6 +49,8 @@ class Transport(Protocol):
     identity: str
     address: str
     """Where peers connect to."""
+    local: set[str]
+    """The connected peers that are processes of this host, and may be lent memory."""
     on_beat: OnPeer
     """Called for each heartbeat of a peer."""
     on_fenced: OnPeer

@@ -67,6 +67,7 @@ class ZmqTransport:
     ) -> None:
         """Binds `address`. `keys`: for tcp, the system's. Raises LaunchError."""
         self.identity = identity
+        self.local: set[str] = set()
         self.on_beat: OnPeer = ignore
         self.on_fenced: OnPeer = ignore
         self._keys = keys
@@ -114,8 +115,11 @@ class ZmqTransport:
         The way to it is opened by the first message: most nodes never talk to most others.
         """
         self._addresses.setdefault(peer, address)
+        if address.startswith("ipc://"):
+            self.local.add(peer)
 
     def disconnect(self, peer: str) -> None:
+        self.local.discard(peer)
         address, link = self._addresses.pop(peer, None), self._links.pop(peer, None)
         self._control.forget(peer)
         self._bulk.forget(peer)
@@ -163,6 +167,7 @@ class ZmqTransport:
             link.close(linger_ms=int(drain_s * 1000))
         self._links.clear()
         self._addresses.clear()
+        self.local.clear()
         for router in self._routers:
             router.close(linger=0)
         if self._gate is not None:

@@ -20,8 +20,8 @@ MAX_IDLE_BYTES = 128 << 20
 """Kept for later; beyond, what was kept longest is given back to the system."""
 
 
-class BlockPool:
-    """The blocks of one node."""
+class BufferPool:
+    """The memory of one node for what arrives in pieces."""
 
     def __init__(self) -> None:
         self._idle: deque[mmap.mmap] = deque()
