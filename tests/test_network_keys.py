@@ -21,9 +21,13 @@ def nothing(*_):
     return None
 
 
-def envelope(id=1):
-    pack, buffers = encode(np.arange(3.0))
+def envelope(id=1, value=None):
+    pack, buffers = encode(value)
     return [1, id, "target", "method", 2, 1, None, pack], buffers
+
+
+def pack_of(env):
+    return env[-1]
 
 
 class Pair:
@@ -105,11 +109,10 @@ async def test_nodes_with_the_systems_keys_talk_by_both_ways(net):
     head, buffers = envelope(1)
     sender.send("r#1", head, buffers)
     big = np.arange(700_000.0)
-    pack, buffers = encode(big)
-    sender.send("r#1", [1, 2, "target", "method", 2, 1, None, pack], buffers, bulk=True)
+    sender.send("r#1", *envelope(2, big), bulk=True)
     await until(lambda: len(net.got) == 2)
     _, env, parts = next(item for item in net.got if len(item[2]))
-    assert np.array_equal(decode(env[-1], parts), big) and not net.bad
+    assert np.array_equal(decode(pack_of(env), parts), big) and not net.bad
 
 
 async def test_a_stranger_is_refused_and_named_and_a_friend_is_let_in(net):

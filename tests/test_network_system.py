@@ -63,7 +63,7 @@ async def test_a_silent_node_is_lost_fenced_and_ends_itself_when_it_hears_of_it(
         pid = system.pids()["far"]
         first = system._nodes["far"].process
         with monkeypatch.context() as patched:
-            patched.setattr(NodeProcess, "kill", lambda *_: None)
+            patched.setattr(NodeProcess, "kill", lambda *_, **__: None)
             os.kill(pid, signal.SIGSTOP)
             await until(lambda: any(e["event"] == "node_lost" for e in events_of(tmp_path)))
             await until(lambda: system.pids()["far"] != pid and system._nodes["far"].ready)

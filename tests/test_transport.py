@@ -16,7 +16,7 @@ from headrace.runtime import transport as bounds
 from headrace.runtime import zmq_transport as module
 from headrace.runtime.codec import decode, encode
 from headrace.runtime.errors import CodecError, LaunchError, MailboxFull
-from headrace.runtime.frame import MAX_ENVELOPES_PER_FRAME, split
+from headrace.runtime.frame import MAX_ENVELOPES_PER_FRAME, join, split
 from headrace.runtime.inbox import CHUNK_BYTES, Form, stamp
 from headrace.runtime.zmq_transport import ZmqTransport
 
@@ -299,7 +299,7 @@ async def test_a_small_message_does_not_wait_for_a_large_one(link):
         ),
         (
             [[stamp(Form.BLOCK, 1, msgpack.packb([10]))], [stamp(Form.CHUNK, 2, b"\0" * 8), b"1" * 10]],
-            "malformed frame",
+            "",
         ),
         ([[stamp(Form.BLOCK, i, msgpack.packb([10]))] for i in (1, 2)], "cut off by the next one"),
     ],
@@ -338,7 +338,7 @@ async def test_an_oversized_message_is_reported_and_a_monstrous_one_costs_its_se
 async def test_a_message_that_comes_twice_is_taken_once(link):
     _, receiver, got, _ = link
     inbox = receiver._control
-    frames = {n: [memoryview(stamp(Form.BATCH, n, msgpack.packb([[*envelope(n), 0]])))] for n in range(1, 5000)}
+    frames = {n: [memoryview(stamp(Form.BATCH, n, *join([(envelope(n), [])])))] for n in range(1, 5000)}
     for n in (1, 2, 2, 4, 3, 4, 3, 1, 900, 5, 5, 2000, 2000, 899, 1999, 1999, 4000, 4000):
         inbox.accept(b"x#1", frames[n])
     inbox.accept(b"y#1", frames[2])
