@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections import deque
+from contextlib import suppress
 
 import numpy as np
 
@@ -42,7 +43,10 @@ class BufferPool:
         """A block that is large enough, but not more than twice: the rest would be wasted."""
         for block in list(self._idle):
             if size <= len(block) <= 2 * size + GRAIN_BYTES:
-                self._idle.remove(block)
+                try:
+                    self._idle.remove(block)
+                except ValueError:
+                    continue  # Given back to the system meanwhile.
                 return block
         return None
 
@@ -50,4 +54,5 @@ class BufferPool:
         # The last view may be dropped on any thread: each step here is one that a deque does at once.
         self._idle.append(block)
         while self.idle_bytes > MAX_IDLE_BYTES:
-            self._idle.popleft()
+            with suppress(IndexError):
+                self._idle.popleft()

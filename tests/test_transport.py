@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import tempfile
+import threading
 
 import msgpack
 import numpy as np
@@ -270,6 +271,31 @@ async def test_received_blocks_stay_as_they_are_while_somebody_looks_at_them_and
         del array, env, parts
     assert [int(view[0]) for view in kept] == [int(view[-1]) for view in kept] == [0, 4, 8, 12, 16]
     assert receiver._bulk._pool.idle_bytes <= 2 * 5 << 20
+
+
+def test_the_receive_pool_gives_memory_back_from_any_thread_and_keeps_little(monkeypatch):
+    from headrace.runtime import buffers
+
+    monkeypatch.setattr(buffers, "MAX_IDLE_BYTES", 8 << 20)
+    pool = buffers.BufferPool()
+
+    def work(seed):
+        chance = np.random.default_rng(seed)
+        held = []
+        for _ in range(300):
+            view = pool.take(int(chance.integers(1, 3 << 20)))
+            view[:1] = view[-1:] = bytes([seed])
+            held.append(view)
+            if len(held) > 3:
+                assert {held[0][0], held[0][-1]} == {seed}  # Nobody else has written there.
+                del held[0]
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert pool.idle_bytes <= 8 << 20
 
 
 async def test_a_small_message_does_not_wait_for_a_large_one(link):
