@@ -40,7 +40,8 @@ TELL_AGAIN_S = 1.0
 """Between two tellings of a peer that it counts as dead."""
 
 MAX_IPC_PATH_BYTES = 107
-BULK_SUFFIX = ".bulk"
+BULK_SUFFIX = "+"
+"""One character: paths of sockets are short."""
 
 
 class Transport(Protocol):
