@@ -312,7 +312,7 @@ class Cell:
 
     def _ended(self, delivery: Delivery, task: asyncio.Task[None]) -> None:
         # Here and not in the handler: a task that is cancelled before its first step runs none of its code.
-        del self._running[delivery.key]
+        self._running.pop(delivery.key, None)  # A hostile peer may use a number twice.
         if task.cancelled() and delivery.withdrawn:
             self._node.acknowledge(delivery, "stopped")
         elif task.cancelled():

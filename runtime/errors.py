@@ -106,3 +106,7 @@ class DirectoryInUse(RuntimeFault):
 class SnapshotRefused(RuntimeFault):
     """The root does not keep this state of an actor: it is too large. The one before stays kept. Raised by `save`; for
     a periodic snapshot it is an event."""
+
+
+class NodeLost(RuntimeFault):
+    """A node on another host and its root no longer hear each other. Ends the node; the root starts it again."""

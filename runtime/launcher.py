@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from .errors import LaunchError
 from .exits import Exit
@@ -27,6 +28,10 @@ class NodeSpec:
     name: str
     env: dict[str, str] = field(default_factory=dict)
     """Added to the launcher's environment."""
+    transport: Literal["ipc", "tcp"] = "ipc"
+    """ipc: on the root's host only. tcp: encrypted, and watched by heartbeats as a node on another host is."""
+    address: str = "127.0.0.1:0"
+    """Host and port where a node on tcp can be reached; port 0 for any."""
 
 
 class NodeProcess:

@@ -42,8 +42,9 @@ from .mailbox import CreditWindow, Lane
 from .protocol import BULK_BYTES, STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, check, pack_error, restamp
 from .ref import Ref
 from .routes import Route, Routes, blame, not_connected
-from .transport import Transport
+from .transport import TransportFactory
 from .waits import Pending, PendingStream, Waits
+from .zmq_transport import ZmqTransport
 
 MAX_DEAD_LETTERS = 1000
 MAX_MALFORMED_EVENTS = 20
@@ -52,7 +53,9 @@ MAX_MALFORMED_EVENTS = 20
 class Node:
     """The messages of one process. `key` is `name#incarnation`, never used again after its death."""
 
-    def __init__(self, key: str, address: str, events: EventLog | None = None) -> None:
+    def __init__(
+        self, key: str, address: str, events: EventLog | None = None, transport: TransportFactory = ZmqTransport
+    ) -> None:
         self.key = key
         self.directory = Directory()
         self.cells: dict[str, Cell] = {}
@@ -66,7 +69,7 @@ class Node:
         self._doors = Doors(key, self.cells)
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
-        self.transport = Transport(key, address, self._receive, self._malformed)
+        self.transport = transport(key, address, self._receive, self._malformed)
 
     # Sending ------------------------------------------------------------------------------------------------
 
@@ -374,6 +377,7 @@ class Node:
     def _receive(self, sender: str, envelope: Envelope, buffers: list[Buffer]) -> None:
         if sender in self._fenced:
             self.counters["fenced"] += 1
+            self.transport.tell_fenced(sender)
             return
         try:
             fields = decode(envelope, buffers)

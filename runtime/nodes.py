@@ -24,7 +24,7 @@ from .exits import Exit
 from .launcher import NodeProcess, NodeSpec, start_process
 from .node import Node
 from .process import pack_spec
-from .transport import check_address
+from .remote import RemoteNodes
 
 ROOT = "root"
 HELLO_S = 30.0
@@ -71,6 +71,7 @@ class Nodes:
         logs: Path,
         on_death: Callable[[HostedNode, Exit], list[Status]],
         start_task: Callable[[Coroutine[Any, Any, None]], object],
+        remote: RemoteNodes,
     ) -> None:
         self._root = root
         self._root_statuses = root_statuses
@@ -80,6 +81,7 @@ class Nodes:
         self._logs = logs
         self._on_death = on_death
         self._start_task = start_task
+        self._remote = remote
         self._closed = False
         self._nodes = {ROOT: HostedNode(NodeSpec(name=ROOT), 1, root.key, root.transport.address, ready=True)}
 
@@ -104,10 +106,11 @@ class Nodes:
             if not hosted.ready:
                 await self._start(hosted)
 
-    def on_hello(self, key: str) -> None:
-        """A node's first message."""
+    def on_hello(self, key: str, address: str) -> None:
+        """A node's first message: it can be reached at `address`."""
         for hosted in self._nodes.values():
             if hosted.key == key and hosted.hello is not None and not hosted.hello.done():
+                hosted.address = address
                 hosted.hello.set_result(None)
 
     def publish(self, *statuses: Status) -> None:
@@ -128,13 +131,11 @@ class Nodes:
         if self._closed:
             raise LaunchError(f"node {name} was not started: the system is stopping")
         incarnation = hosted.incarnation + 1
-        key, address = f"{name}#{incarnation}", f"ipc://{self._sockets}/{name}-{incarnation}"
-        check_address(address)
+        key, reach = f"{name}#{incarnation}", self._remote.fields(hosted.spec, self._sockets, incarnation)
         hello = asyncio.get_running_loop().create_future()
-        hosted.incarnation, hosted.key, hosted.address, hosted.hello = incarnation, key, address, hello
+        hosted.incarnation, hosted.key, hosted.hello = incarnation, key, hello
         spec = pack_spec(
-            key=key, name=name, incarnation=incarnation, address=address, parent=os.getpid(),
-            root_key=self._root.key, root_address=self._root.transport.address,
+            key=key, name=name, incarnation=incarnation, parent=os.getpid(), root_key=self._root.key, **reach,
             statuses=[*self._root_statuses, agent_status(key)], path=[p for p in sys.path if p],
         )  # fmt: skip
         hosted.process = process = start_process(hosted.spec, spec, self._logs / f"{name}.log")
@@ -162,7 +163,13 @@ class Nodes:
         self._root.ref(status.name).update.cast(self._root.directory.all(), others, {})
 
     async def _watch(self, hosted: HostedNode, process: NodeProcess) -> None:
-        exit = await asyncio.shield(process.exited)
+        lost = self._remote.watch(hosted.spec, hosted.key)
+        ends: list[asyncio.Future[Exit]] = [process.exited, lost]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        exit = process.exited.result() if process.exited.done() else lost.result()
+        if not process.exited.done():
+            process.kill()  # It can't be heard; if this reaches it, it need not find out by itself.
+        self._remote.forget(hosted.key)
         hosted.ready = False
         self._events.write(
             "node_exit", node=hosted.name, pid=process.pid, kind=exit.kind, code=exit.code, reason=exit.detail,

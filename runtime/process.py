@@ -14,27 +14,49 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from .agent import NodeAgent
 from .codec import decode, encode
+from .detector import HeartbeatPolicy, State
+from .errors import NodeLost
+from .heartbeat import Heartbeats
 from .node import Node
+from .zmq_transport import ZmqTransport
 
 _PR_SET_PDEATHSIG = 1
 
 
 async def serve(spec: dict[str, Any]) -> None:
     """Runs a node until the root tells it to shut down."""
-    node = Node(spec["key"], spec["address"])
+    node = Node(spec["key"], spec["address"], transport=partial(ZmqTransport, keys=spec["keys"]))
     agent = NodeAgent()
     await agent.host(node, agent, f"$node@{spec['name']}", spec["incarnation"]).up
     node.transport.connect(spec["root_key"], spec["root_address"])
     for status in spec["statuses"]:
         node.directory.update(status)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, agent.end, None)
-    node.cast("$root", "hello", (spec["key"], os.getpid()), {})
+    node.cast("$root", "hello", (spec["key"], os.getpid(), node.transport.address), {})
+    node.transport.on_fenced = lambda peer: agent.end(NodeLost(f"{peer} counts this node as dead; it ends itself"))
+    heartbeats = None if spec["heartbeats"] is None else watch_root(node, agent, spec["root_key"], spec["heartbeats"])
     await agent.done
+    if heartbeats is not None:
+        heartbeats.close()
     await node.close()
+
+
+def watch_root(node: Node, agent: NodeAgent, root: str, policy: HeartbeatPolicy) -> Heartbeats:
+    """Ends the node when nothing is heard of its root: no process of a system is left behind on another host."""
+
+    def judge(peer: str, state: State, silence_s: float) -> None:
+        if state == "lost":
+            agent.end(NodeLost(f"nothing was heard of {peer} for {silence_s:.1f} s; this node ends itself"))
+
+    heartbeats = Heartbeats(node.transport, replace(policy, grace_s=policy.orphan_s), judge)
+    heartbeats.watch(root)
+    return heartbeats
 
 
 def die_with(parent: int) -> None:

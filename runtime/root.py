@@ -27,9 +27,9 @@ class Root(Actor):
     events: EventLog
 
     @message(lane=Lane.SYSTEM)
-    async def hello(self, key: str, pid: int) -> None:
-        """A node process is up."""
-        self.nodes.on_hello(key)
+    async def hello(self, key: str, pid: int, address: str) -> None:
+        """A node process is up and can be reached at `address`."""
+        self.nodes.on_hello(key, address)
 
     @message(lane=Lane.SYSTEM)
     async def actor_ended(self, name: str, incarnation: int, why: Exit) -> None:

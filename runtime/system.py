@@ -31,6 +31,8 @@ from .actor import Actor
 from .agent import NodeAgent, agent_status, interface_of
 from .children import Children, Member, first_line
 from .classes import class_path
+from .curve import Keys
+from .detector import HeartbeatPolicy
 from .directory import Status
 from .events import EventLog
 from .exits import Exit
@@ -41,6 +43,7 @@ from .memory import Snapshots
 from .node import Node
 from .nodes import ROOT, STOP_NODE_S, HostedNode, Nodes
 from .ref import Ref
+from .remote import RemoteNodes
 from .root import Root
 from .rundir import RunDirectory, claim
 from .strategy import Group, Strategy, Supervisor
@@ -58,11 +61,20 @@ class System:
         nodes: Mapping[str, NodeSpec] | None = None,
         seed: int = 0,
         max_state_bytes: int = 256 << 20,
+        keys: Keys | None = None,
+        listen: str = "127.0.0.1:0",
+        heartbeats: HeartbeatPolicy | None = None,
     ) -> None:
         """`run_dir`: where events.jsonl and logs/ go; None for a temporary one. A path is claimed: entering raises
         DirectoryInUse if another system works there; a RunDirectory has been claimed already. `nodes`: specs of nodes
         that need more than a name; others are made as actors ask for them. `max_state_bytes`: for all snapshots of
-        actors together."""
+        actors together.
+
+        For nodes on tcp: `keys` of the system, None for new ones; `listen`, host and port where they reach the root;
+        `heartbeats`, how both sides watch each other."""
+        self._keys = keys
+        self._listen = listen
+        self._heartbeats = heartbeats
         self._given_dir = run_dir
         self.run_dir: Path
         """Where events.jsonl and logs/ are."""
@@ -116,9 +128,12 @@ class System:
     async def _open_root(self) -> None:
         self.node = Node(f"{ROOT}#1", f"ipc://{self._scratch}/{ROOT}-1", self.events)
         status = Status(name="$root", node=self.node.key, state="up", incarnation=1, **interface_of(Root))
+        self._remote = RemoteNodes(
+            self.node, self.events, keys=self._keys, policy=self._heartbeats, listen=self._listen
+        )
         self._nodes = Nodes(
             self.node, [status], self._specs, self.events, sockets=self._scratch, logs=self.run_dir / "logs",
-            on_death=self._on_node_death, start_task=self._task,
+            on_death=self._on_node_death, start_task=self._task, remote=self._remote,
         )  # fmt: skip
         self._hosting = Hosting(self.node, self._nodes, self._snapshots, self.events)
         self._children = Children(self._hosting, self._supervisor, self.events, self._task, self._fail)
@@ -253,6 +268,7 @@ class System:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._nodes.stop(patience_s)
+        self._remote.close()
         await self._agent.shutdown()
         await self._agent.close()
         await self.node.close()

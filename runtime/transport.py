@@ -1,179 +1,184 @@
-"""ZeroMQ between nodes: one ROUTER to receive, one DEALER per peer to send.
+"""What a node needs of whatever carries its messages, and the bounds that hold for every carrier.
 
-    send(peer, envelope) -> queue per peer -> a frame per loop turn -> DEALER ==ipc/tcp==> ROUTER -> on_envelope(...)
+    send -> Backlog (bounded) -> [zmq_transport.py: ipc, tcp | memory_transport.py: tests] -> inbox.py -> on_envelope
 
-Plain sockets on the loop's file descriptor, drained at each wake-up: zmq.asyncio costs 24 times the throughput. The
-envelopes of one loop turn to one peer travel as one ZeroMQ message: their packs in the first frame, their buffers in
-the frames after. Nothing is ever sent on the ROUTER, so its silent drops can't happen. A DEALER at its high-water mark
-leaves the rest in our own queue. Delivery is not acknowledged here: calls carry deadlines, and the node that owns this
-transport is told by pidfd or heartbeat when a peer is gone. Knows nothing of actors.
+Two ways lead to each peer: the control way, and the bulk way, so that a large buffer never holds up a small message.
+Each way keeps its order; between the two there is none. Delivery is not acknowledged here: calls carry deadlines, and
+the node is told by pidfd or heartbeat when a peer is gone. Knows nothing of actors.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
+import ipaddress
+import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import zmq
+from typing import Protocol
 
 from .codec import Buffer
-from .errors import CodecError, LaunchError
-from .frame import MAX_FRAME_BYTES, ZERO_COPY_BYTES, Envelope, Item, join, next_batch, split
+from .curve import Keys
+from .errors import CodecError, LaunchError, MailboxFull
+from .frame import Envelope
 
 OnEnvelope = Callable[[str, Envelope, list[Buffer]], None]
+"""Sender, envelope, its buffers."""
 OnMalformed = Callable[[str, str], None]
-
-MAX_ENVELOPES_PER_DRAIN = 1000
-"""Received before other work of the loop gets its turn."""
+"""Sender, what was wrong."""
+OnPeer = Callable[[str], None]
 
 MAX_MESSAGE_BYTES = 1 << 31
-"""Of one pack or buffer. ZeroMQ cuts the connection of a sender that goes beyond, so it is refused before."""
+"""Of an envelope with its buffers."""
 
-HIGH_WATER_MARK = 4096
+BACKLOG_MESSAGES = 1 << 16
+BACKLOG_BYTES = 512 << 20
+"""What may wait here for one peer, on each of the two ways."""
+
+RESERVE_MESSAGES = 1 << 12
+RESERVE_BYTES = 8 << 20
+"""What the system lane may have beyond: answers, credits and cancellations get through where new work does not."""
+
+TELL_AGAIN_S = 1.0
+"""Between two tellings of a peer that it counts as dead."""
+
 MAX_IPC_PATH_BYTES = 107
+BULK_SUFFIX = "+"
+"""One character: paths of sockets are short."""
 
 
-@dataclass(slots=True)
-class _Peer:
-    socket: zmq.Socket[bytes]
-    queue: deque[Item] = field(default_factory=deque)
-    flush_scheduled: bool = False
+class Transport(Protocol):
+    """Carries the envelopes of one node. `identity` is the node's key (`name#incarnation`)."""
 
-
-class Transport:
-    """The sockets of one node. `identity` is the node's key (`name#incarnation`), which receivers see as the sender."""
-
-    def __init__(self, identity: str, address: str, on_envelope: OnEnvelope, on_malformed: OnMalformed) -> None:
-        """Binds `address`. Raises LaunchError."""
-        self.identity = identity
-        self.address = address
-        self._on_envelope = on_envelope
-        self._on_malformed = on_malformed
-        self._peers: dict[str, _Peer] = {}
-        self._loop = asyncio.get_running_loop()
-        check_address(address)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
-        self._router = self._bind(address)
-        self._loop.add_reader(self._router.fileno(), self._drain)
-        self._loop.call_soon(self._drain)
+    identity: str
+    address: str
+    """Where peers connect to."""
+    local: set[str]
+    """The connected peers that are processes of this host, and may be lent memory."""
+    on_beat: OnPeer
+    """Called for each heartbeat of a peer."""
+    on_fenced: OnPeer
+    """Called when a peer says that this node was declared dead: nobody takes its messages any more."""
 
     def connect(self, peer: str, address: str) -> None:
-        """Opens the way to a peer, whose socket had better be bound: ZeroMQ tries again only after a while."""
-        if peer in self._peers:
-            return
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.ROUTING_ID, self.identity.encode())
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-        socket.setsockopt(zmq.RECONNECT_IVL, 20)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        socket.connect(address)
-        self._peers[peer] = _Peer(socket)
-        self._loop.add_reader(socket.fileno(), self._flush, peer)
+        """Opens the way to a peer; does nothing if it is open."""
 
     def disconnect(self, peer: str) -> None:
         """Forgets a peer that is gone, with what was still queued for it."""
-        gone = self._peers.pop(peer, None)
-        if gone is not None:
-            self._loop.remove_reader(gone.socket.fileno())
-            gone.socket.close(linger=0)
 
     def send(self, peer: str, envelope: Envelope, buffers: list[Buffer], *, bulk: bool = False) -> bool:
         """Queues an envelope; False if the peer is not connected. `buffers` must not change until they are sent.
-        `bulk`: it is large, and may be overtaken by others.
 
-        Raises CodecError for what is too large for one message.
+        `bulk`: by the way of large ones, on which others may overtake it. Raises MailboxFull if too much waits for this
+        peer, CodecError for what is too large.
         """
-        link = self._peers.get(peer)
-        if link is None:
-            return False
-        limit = MAX_MESSAGE_BYTES - MAX_FRAME_BYTES
-        if len(envelope) > limit or (buffers and any(len(buffer) > limit for buffer in buffers)):
-            raise CodecError(f"a message holds at most {MAX_MESSAGE_BYTES >> 20} MiB in one piece; send it in parts")
-        link.queue.append((envelope, buffers))
-        if not link.flush_scheduled:
-            link.flush_scheduled = True
-            self._loop.call_soon(self._flush, peer)
-        return True
+
+    def beat(self, peer: str) -> None:
+        """Sends a heartbeat, ahead of what is queued."""
+
+    def heard(self, peer: str) -> float | None:
+        """Loop time of the last message of any kind from that peer; None if there was none."""
+
+    def tell_fenced(self, peer: str) -> None:
+        """Tells a peer that was disconnected that it counts as dead."""
+
+    def listen(self, address: str, keys: Keys | None) -> str:
+        """Can be reached at a further address from now on; returns it with its port. Raises LaunchError."""
 
     async def close(self, *, drain_s: float = 0.5) -> None:
-        """Sends what is queued, for at most `drain_s`, and closes all sockets."""
-        for peer in list(self._peers):
-            self._flush(peer)
-        self._loop.remove_reader(self._router.fileno())
-        for link in self._peers.values():
-            self._loop.remove_reader(link.socket.fileno())
-            link.socket.close(linger=int(drain_s * 1000))
-        self._peers.clear()
-        self._router.close(linger=0)
-        await self._loop.run_in_executor(None, self._context.term)
-
-    def _bind(self, address: str) -> zmq.Socket[bytes]:
-        socket = self._context.socket(zmq.ROUTER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        try:
-            socket.bind(address)
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise LaunchError(f"can't bind {address}: {error.strerror}; is another run using it?") from None
-        return socket
-
-    def _flush(self, peer: str) -> None:
-        link = self._peers.get(peer)
-        if link is None:
-            return
-        link.flush_scheduled = False
-        queue = link.queue
-        while queue:
-            batch = next_batch(queue)
-            frames = join(batch)
-            large = any(len(frame) >= ZERO_COPY_BYTES for frame in frames)
-            try:
-                link.socket.send_multipart(frames, zmq.NOBLOCK, copy=not large)
-            except zmq.Again:
-                # The descriptor is edge-triggered: reading EVENTS re-arms it, and a wake-up flushes again.
-                if not int(link.socket.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
-                    return
-                continue
-            for _ in batch:
-                queue.popleft()
-        link.socket.getsockopt(zmq.EVENTS)
-
-    def _drain(self) -> None:
-        received = 0
-        try:
-            while received < MAX_ENVELOPES_PER_DRAIN and not self._router.closed:
-                received += self._receive(self._router.recv_multipart(zmq.NOBLOCK, copy=False))
-        except zmq.Again:
-            return
-        except BaseException:
-            # The descriptor won't tell again of what still waits.
-            self._loop.call_soon(self._drain)
-            raise
-        if not self._router.closed:
-            self._loop.call_soon(self._drain)
-
-    def _receive(self, parts: list[zmq.Frame]) -> int:
-        sender = bytes(parts[0].buffer).decode("utf-8", "replace")
-        try:
-            envelopes = split([part.buffer for part in parts[1:]])
-        except CodecError as error:
-            self._on_malformed(sender, str(error))
-            return 1
-        for envelope, buffers in envelopes:
-            self._on_envelope(sender, envelope, buffers)
-        return len(envelopes) + 1
+        """Sends what is queued, for at most `drain_s`, and closes everything."""
 
 
-def check_address(address: str) -> None:
-    """Raises LaunchError for a path that is too long for a socket."""
-    path = address.removeprefix("ipc://")
-    if path != address and len(path.encode()) > MAX_IPC_PATH_BYTES:
+TransportFactory = Callable[[str, str, OnEnvelope, OnMalformed], Transport]
+"""Makes the transport of a node from its key, its address, and what it does with messages. Raises LaunchError."""
+
+
+class Backlog:
+    """Counts what waits for one peer on one way."""
+
+    __slots__ = ("_peer", "bytes", "messages")
+
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
+        self.messages = 0
+        self.bytes = 0
+
+    def add(self, size: int, *, system: bool) -> None:
+        """One message more. Raises MailboxFull if it does not fit; an empty backlog takes any that may travel."""
+        if size > MAX_MESSAGE_BYTES:
+            raise CodecError(f"a message has at most {MAX_MESSAGE_BYTES >> 20} MiB, this has {size >> 20}: send parts")
+        messages, total = self.messages + 1, self.bytes + size
+        if messages > BACKLOG_MESSAGES or total > BACKLOG_BYTES:
+            room = system and messages <= BACKLOG_MESSAGES + RESERVE_MESSAGES and total <= BACKLOG_BYTES + RESERVE_BYTES
+            if self.messages and not room:
+                raise MailboxFull(
+                    f"{self.messages} messages of {self.bytes >> 20} MiB wait to be sent to {self._peer}, which takes "
+                    "them too slowly; slow down, and ask again"
+                )
+        self.messages, self.bytes = messages, total
+
+    def remove(self, messages: int, size: int) -> None:
+        """They were sent."""
+        self.messages -= messages
+        self.bytes -= size
+
+
+def ignore(_: str) -> None:
+    """What a transport does at first with what nobody asked for."""
+
+
+def bulk_address(address: str) -> str:
+    """Where the bulk way of a node leads: beside its socket, or the next port."""
+    if not address.startswith("tcp://"):
+        return address + BULK_SUFFIX
+    host, _, port = address.rpartition(":")
+    return f"{host}:{int(port) + 1}"
+
+
+def check_address(address: str, keys: Keys | None = None) -> None:
+    """Whether a node may listen there: a path that fits into a socket; a tcp address that others can use and, beyond
+    loopback, keys. Raises LaunchError."""
+    kind, _, rest = address.partition("://")
+    if kind == "ipc":
+        size = len((rest + BULK_SUFFIX).encode())
+        if size > MAX_IPC_PATH_BYTES:
+            raise LaunchError(
+                f"socket path {rest}{BULK_SUFFIX} has {size} bytes, ipc allows {MAX_IPC_PATH_BYTES}: "
+                "set TMPDIR to a shorter path"
+            )
+    elif kind == "tcp":
+        _check_tcp(address, keys)
+    else:
+        raise LaunchError(f"address {address!r}: it must start with ipc:// or tcp://")
+
+
+def resolve(address: str) -> str:
+    """The tcp address with its host as a number, which ZeroMQ binds. Raises LaunchError."""
+    host, port = _split(address)
+    try:
+        numbers = [entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except OSError as error:
+        raise LaunchError(f"address {address}: host {host!r} is not known here ({error.strerror or error})") from None
+    number = str(numbers[0])
+    return f"tcp://[{number}]:{port}" if ":" in number else f"tcp://{number}:{port}"
+
+
+def _check_tcp(address: str, keys: Keys | None) -> None:
+    host, _ = _split(resolve(address))
+    number = ipaddress.ip_address(host)
+    if number.is_unspecified:
         raise LaunchError(
-            f"socket path {path} has {len(path.encode())} bytes, ipc allows {MAX_IPC_PATH_BYTES}: "
-            "set TMPDIR to a shorter path"
+            f"address {address}: other nodes can't connect to {host}; give the address of one network interface"
         )
+    if not number.is_loopback and keys is None:
+        raise LaunchError(
+            f"address {address} can be reached from other hosts, and there are no keys: anybody could send messages; "
+            "give keys (Keys.generate or Keys.load), or listen on 127.0.0.1"
+        )
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or host == "*" or not port.isdecimal() or int(port) > 65535:
+        raise LaunchError(
+            f"address {address!r}: it must be tcp://HOST:PORT, with a host that others can reach (port 0: any)"
+        )
+    return host, int(port)
