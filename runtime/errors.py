@@ -84,3 +84,7 @@ class BadWeights(RuntimeFault):
 
 class ExchangeFull(RuntimeFault):
     """There is not enough memory to publish weights. The version before stays published."""
+
+
+class InspectError(RuntimeFault):
+    """A process could not be looked into: it has ended, is stopped, or does not know the question. The text says which."""

@@ -2,7 +2,8 @@
 
     down --open--> starting --hello--> ready --exit--> down, `on_death` is asked      stop: ask, wait, terminate, kill
 
-Decides nothing: whether a dead node is opened again is the business of system.py.
+Loops that are blocked are seen too (liveness.py): events tell of them, with the stacks of all threads, and after `hang_s`
+the node is killed as hung. Decides nothing else: whether a dead node is opened again is the business of system.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from typing import Any
 
 from .agent import agent_status
 from .directory import Status
-from .errors import LaunchError, RuntimeFault
+from .errors import InspectError, LaunchError, RuntimeFault
 from .events import EventLog
-from .launcher import NodeProcess, NodeSpec, start_process
+from .exits import Exit
+from .inspector import Inspector, inspect_node
+from .launcher import Launcher, NodeProcess, NodeSpec
+from .liveness import Beats, Pulse, Verdict, Watch
 from .node import Node
 from .process import pack_spec
+from .stacks import dump, own_stacks
 from .transport import check_address
 
 ROOT = "root"
@@ -34,6 +39,12 @@ STOP_NODE_S = 8.0
 
 TERMINATE_S = 1.0
 """Time a process may take to end by a signal."""
+
+STARTS = 3
+"""How often a node is started that a signal kills before its first message."""
+
+MAX_SUSPICIONS = 50
+"""Of one node that are written to events.jsonl, with the ends of most; more would flood it."""
 
 
 @dataclass(eq=False)
@@ -49,6 +60,7 @@ class HostedNode:
     ready: bool = False
     hello: asyncio.Future[None] | None = None
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    suspicions: int = 0
 
     @property
     def name(self) -> str:
@@ -56,8 +68,8 @@ class HostedNode:
 
 
 class Nodes:
-    """All nodes of a system, the root among them. `on_death` gets a node and the reason in words, and returns the new
-    statuses of the actors that lived there; `start_task` runs work that must not fail."""
+    """All nodes of a system, the root among them. `on_death` gets a node and how it ended, and returns the new statuses
+    of the actors that lived there; `start_task` runs work that must not fail."""
 
     def __init__(
         self,
@@ -68,7 +80,7 @@ class Nodes:
         *,
         sockets: Path,
         logs: Path,
-        on_death: Callable[[HostedNode, str], list[Status]],
+        on_death: Callable[[HostedNode, Exit], list[Status]],
         start_task: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
         self._root = root
@@ -76,11 +88,18 @@ class Nodes:
         self._specs = specs
         self._events = events
         self._sockets = sockets
-        self._logs = logs
         self._on_death = on_death
         self._start_task = start_task
         self._closed = False
         self._nodes = {ROOT: HostedNode(NodeSpec(name=ROOT), 1, root.key, root.transport.address, ready=True)}
+        self._loop = asyncio.get_running_loop()
+        self._inspector = Inspector(root, self.inspector_of(ROOT))
+        self._beats = Beats()
+        self._launcher = Launcher(sockets, logs, self._beats.fd)
+        word = self._beats.take()
+        self._pulse = Pulse(self._beats.fd, word)
+        self._watch_thread = Watch(self._beats, self._on_verdict, self._launcher.oom_kills.refresh)
+        self._watch_thread.add(root.key, word, hang_s=None, stacks=own_stacks)
 
     def __getitem__(self, name: str) -> HostedNode:
         """The node of that name, started or not."""
@@ -92,12 +111,38 @@ class Nodes:
         """Process id of each node that was started, the root's own first."""
         return {ROOT: os.getpid(), **{n: s.process.pid for n, s in self._nodes.items() if s.process is not None}}
 
+    def inspector_of(self, name: str) -> str:
+        """Path of the socket where a node answers what it does; see inspector.py."""
+        return f"{self._sockets}/{name}-{self[name].incarnation}.look"
+
+    async def stacks(self, name: str) -> str:
+        """The Python stacks of all threads of a node, also of one that hangs; if there are none, why, in brackets."""
+        process = self[name].process
+        if name == ROOT:
+            return own_stacks()
+        if process is None or process.exited.done():
+            return "[no stacks: the process does not run]"
+        try:
+            return str(await asyncio.to_thread(inspect_node, self.inspector_of(name), "stacks", 1.0))
+        except InspectError:
+            return await asyncio.to_thread(dump, process.pid, process.log)
+
     async def open(self, name: str) -> None:
-        """Makes sure that a node is ready. Raises LaunchError."""
+        """Makes sure that a node is ready. One that a signal kills as it starts is started again, STARTS times in all.
+        Raises LaunchError."""
         hosted = self[name]
         async with hosted.starting:
-            if not hosted.ready:
-                await self._start(hosted)
+            for start in range(1, STARTS + 1):
+                if hosted.ready:
+                    return
+                try:
+                    await self._start(hosted)
+                except LaunchError as error:
+                    process = hosted.process
+                    killed = process is not None and process.exited.done() and process.exited.result().kind == "signal"
+                    if start == STARTS or not killed or self._closed:
+                        raise
+                    self._events.write("node_start_failed", node=name, reason=str(error))
 
     def on_hello(self, key: str) -> None:
         """A node's first message."""
@@ -117,31 +162,55 @@ class Nodes:
         patience_s = STOP_NODE_S if patience_s is None else patience_s
         processes = [(hosted, hosted.process) for hosted in self._nodes.values() if hosted.process]
         await asyncio.gather(*(self._stop(hosted, process, patience_s) for hosted, process in processes))
+        self._watch_thread.close()
+        self._pulse.stop()
+        await self._launcher.close()
+        self._inspector.close()
+        self._beats.close()
 
     async def _start(self, hosted: HostedNode) -> None:
         name = hosted.name
-        if self._closed:
-            raise LaunchError(f"node {name} was not started: the system is stopping")
+        self._require_open(name)
         incarnation = hosted.incarnation + 1
         key, address = f"{name}#{incarnation}", f"ipc://{self._sockets}/{name}-{incarnation}"
         check_address(address)
         hello = asyncio.get_running_loop().create_future()
         hosted.incarnation, hosted.key, hosted.address, hosted.hello = incarnation, key, address, hello
+        hosted.process = None
+        word = self._beats.take()
+        env = {**os.environ, **hosted.spec.env} if hosted.spec.warm else None
         spec = pack_spec(
-            key=key, name=name, incarnation=incarnation, address=address, parent=os.getpid(),
-            root_key=self._root.key, root_address=self._root.transport.address,
+            key=key, name=name, incarnation=incarnation, address=address, parent=os.getpid(), word=word, env=env,
+            root_key=self._root.key, root_address=self._root.transport.address, inspector=self.inspector_of(name),
             statuses=[*self._root_statuses, agent_status(key)], path=[p for p in sys.path if p],
         )  # fmt: skip
-        hosted.process = process = start_process(hosted.spec, spec, self._logs / f"{name}.log")
+        try:
+            hosted.process = process = await self._launcher.start(hosted.spec, spec)
+        except BaseException:
+            self._beats.give(word)
+            raise
+        process.exited.add_done_callback(lambda _: self._forget(key, word))
         self._events.write("node_start", node=name, pid=process.pid, incarnation=incarnation)
+        try:
+            self._require_open(name)
+        except LaunchError:
+            process.kill()
+            raise
         ends: list[asyncio.Future[Any]] = [hello, process.exited]
         done, _ = await asyncio.wait(ends, timeout=HELLO_S, return_when=asyncio.FIRST_COMPLETED)
         if hello not in done:
-            why = process.exited.result() if done else f"no hello within {HELLO_S:g} s"
+            why = str(process.exited.result()) if done else f"no hello within {HELLO_S:g} s"
             process.kill()
             raise LaunchError(f"node {name} did not start: {why}\n{process.log_tail()}".rstrip())
         self._welcome(hosted)
+        self._watch_thread.add(
+            key, word, hang_s=hosted.spec.hang_s, stacks=lambda: dump(process.pid, process.log)
+        )  # fmt: skip
         self._start_task(self._watch(hosted, process))
+
+    def _require_open(self, name: str) -> None:
+        if self._closed:
+            raise LaunchError(f"node {name} was not started: the system is stopping")
 
     def _welcome(self, hosted: HostedNode) -> None:
         """Makes a new node and all others known to each other. Its socket is bound only now that it has said hello."""
@@ -154,14 +223,46 @@ class Nodes:
         self._root.ref(status.name).update.cast(self._root.directory.all(), others, {})
 
     async def _watch(self, hosted: HostedNode, process: NodeProcess) -> None:
-        reason = await asyncio.shield(process.exited)
+        end = await asyncio.shield(process.exited)
         hosted.ready = False
-        self._events.write("node_exit", node=hosted.name, pid=process.pid, reason=reason, log=process.log_tail()[-500:])
+        reason = end.detail
+        self._events.write(
+            "node_exit", node=hosted.name, pid=process.pid, kind=end.kind, reason=reason, log=process.log_tail()[-500:],
+            **({"traceback": end.traceback} if end.traceback else {}),
+        )  # fmt: skip
         self._root.peer_down(hosted.key, reason)
-        statuses = [agent_status(hosted.key, "down"), *self._on_death(hosted, reason)]
+        statuses = [agent_status(hosted.key, "down"), *self._on_death(hosted, end)]
         for status in statuses:
             self._root.directory.update(status)
         self._broadcast(statuses, {}, {hosted.key: reason})
+
+    def _forget(self, key: str, word: int) -> None:
+        self._watch_thread.remove(key)
+        self._beats.give(word)
+
+    def _on_verdict(self, key: str, verdict: Verdict, quiet_s: float, stacks: str) -> None:
+        """In the thread of the watch."""
+        self._loop.call_soon_threadsafe(self._judge, key, verdict, quiet_s, stacks)
+
+    def _judge(self, key: str, verdict: Verdict, quiet_s: float, stacks: str) -> None:
+        """What the watch saw. A loop that is late because it loads an actor's class is expected, and no event."""
+        hosted = self[key.partition("#")[0]]
+        process = hosted.process
+        if hosted.key != key or self._closed or (process is not None and process.exited.done()):
+            return
+        agent = f"$node@{hosted.name}"
+        if any(row["target"] == agent and row["method"] == "spawn" for row in self._root.waits.rows()):
+            return
+        quiet_s = round(quiet_s, 3)
+        hosted.suspicions += verdict == "suspect"
+        if verdict == "hung" and process is not None:
+            detail = f"hung: its loop has not run for {quiet_s:g} s (hang_s = {hosted.spec.hang_s:g}); killed"
+            self._events.write("node_hung", node=hosted.name, pid=process.pid, quiet_s=quiet_s, stacks=stacks)
+            process.kill(verdict=Exit(kind="hung", detail=detail, code=signal.SIGKILL, traceback=stacks))
+        elif hosted.suspicions <= MAX_SUSPICIONS:
+            pid = os.getpid() if process is None else process.pid
+            more = {"stacks": stacks} if verdict == "suspect" else {}
+            self._events.write(f"node_{verdict}", node=hosted.name, pid=pid, quiet_s=quiet_s, **more)
 
     async def _stop(self, hosted: HostedNode, process: NodeProcess, patience_s: float) -> None:
         if hosted.ready and not process.exited.done():

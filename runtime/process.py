@@ -1,6 +1,6 @@
-"""The process of a node: `python -m headrace.runtime.process`, started by launcher.py only.
+"""The process of a node, started by launcher.py only.
 
-    read spec from stdin -> die with the launcher -> bind -> hello to the root -> serve until told to shut down
+    read spec from stdin -> die with the launcher -> bind -> beat -> hello to the root -> serve until told to shut down
 
 Imports no actor's module by itself, so that a node without torch actors is up in a fraction of a second.
 """
@@ -10,21 +10,27 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import faulthandler
+import importlib
 import os
 import signal
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 from .agent import NodeAgent
 from .codec import decode, encode
+from .inspector import Inspector
+from .liveness import Pulse
 from .node import Node
+from .stacks import enable_dump
 
+_PR_SET_NAME = 15
 _PR_SET_PDEATHSIG = 1
 
 
-async def serve(spec: dict[str, Any]) -> None:
-    """Runs a node until the root tells it to shut down."""
+async def serve(spec: dict[str, Any], beats: int) -> None:
+    """Runs a node until the root tells it to shut down. `beats`: file of the liveness words."""
+    pulse = Pulse(beats, spec["word"])
     node = Node(spec["key"], spec["address"])
     agent = NodeAgent()
     await agent.host(node, agent, f"$node@{spec['name']}", spec["incarnation"]).up
@@ -32,32 +38,46 @@ async def serve(spec: dict[str, Any]) -> None:
     for status in spec["statuses"]:
         node.directory.update(status)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, agent.end, None)
+    inspector = Inspector(node, spec["inspector"])
     node.cast("$root", "hello", (spec["key"], os.getpid()), {})
     await agent.done
+    inspector.close()
+    pulse.stop()
     await node.close()
 
 
 def die_with(parent: int) -> None:
     """Has the kernel kill this process when its launcher ends, however that happens."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
-def main() -> None:
-    spec = decode(sys.stdin.buffer.read())
+def run(beats: int) -> NoReturn:
+    """The whole life of the process. `beats`: file of the liveness words, inherited."""
+    with open(0, "rb", closefd=False) as stdin:
+        spec = decode(stdin.read())
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     die_with(spec["parent"])
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, spec["name"].encode()[:15])
     faulthandler.enable()
+    enable_dump()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # What was printed before a kill is kept.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if spec["env"] is not None:
+        os.environ.clear()
+        os.environ.update(spec["env"])
     sys.path[:0] = [p for p in spec["path"] if p not in sys.path]
+    importlib.invalidate_caches()
     import uvloop
 
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     code = 1
     try:
-        loop.run_until_complete(serve(spec))
+        loop.run_until_complete(serve(spec, beats))
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -70,7 +90,7 @@ def main() -> None:
 
 
 def pack_spec(**spec: Any) -> bytes:
-    """The spec that `main` reads."""
+    """The spec that `run` reads."""
     data, buffers = encode(spec)
     assert not buffers
     return data

@@ -37,6 +37,7 @@ from .deadline import timeout
 from .directory import Status
 from .errors import ActorDied, LaunchError, RemoteError, RestartBudgetExceeded, RuntimeFault
 from .events import EventLog
+from .exits import Exit
 from .launcher import NodeSpec
 from .mailbox import Lane
 from .node import Node
@@ -227,7 +228,8 @@ class System:
 
     # Nodes --------------------------------------------------------------------------------------------------
 
-    def _on_node_death(self, node: HostedNode, reason: str) -> list[Status]:
+    def _on_node_death(self, node: HostedNode, end: Exit) -> list[Status]:
+        reason = end.detail
         residents = [child for child in self._children.values() if child.node == node.name]
         for task in (self._revivals.get(node.name), *(child.restart for child in residents)):
             if task is not None:

@@ -1,0 +1,292 @@
+"""The zygote: a process that has imported what every node needs, and forks nodes from there in milliseconds.
+
+    root --"fork" + files--> zygote: fork -> mother: fork -> child          the mother ends at once, so that the child
+    root <------pid--------- zygote                    '-------> |          is the root's (PR_SET_CHILD_SUBREAPER)
+                             zygote ------"go"-----------------> process.run
+
+It has one thread, no loop and no ZeroMQ context: those don't survive a fork. Its end does no harm to the nodes; the root
+starts another at the next need. It is also the guard: when the root is gone (its end of the socket closes) it kills the
+process groups of all nodes, also those started elsewhere, and removes the folder of their sockets. Knows nothing of
+actors and messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import gc
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import LaunchError
+
+CLOSE_S = 2.0
+"""Time the zygote may take to end."""
+
+_PR_SET_CHILD_SUBREAPER = 36
+_MAX_ORDER_BYTES = 64
+_BEATS_FD = 3
+
+
+class ZygoteGone(LaunchError):
+    """The zygote ended before it answered. Launcher.start tries another one, and then starts the node without."""
+
+
+# The root's end --------------------------------------------------------------------------------------------------
+
+
+class Zygote:
+    """The root's end. Starts the process when it is needed; `start` may be called before, to save the wait."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        """`folder`: where the sockets of this system are; it is removed if the root dies."""
+        self.pid = 0
+        """0: not running."""
+        self._folder = folder
+        self._log = log
+        self._groups: set[int] = set()
+        self._orders: deque[asyncio.Future[int]] = deque()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._ended: asyncio.Future[None] | None = None
+
+    def start(self) -> None:
+        """Starts the process if it does not run; it takes orders at once and works on them when it is warm."""
+        if self._process is not None:
+            return
+        package = __package__ or "headrace.runtime"
+        code = f"{die_with_parent(signal.SIGTERM)}; from {package}.zygote import main; main()"
+        # The threads of a numeric library would not survive the fork.
+        env = {**os.environ, "PYTHONSAFEPATH": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs, self._log.open("ab") as output:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", code, str(os.getpid()), str(self._folder)],
+                    stdin=theirs.fileno(), stdout=output, stderr=output, env=env, start_new_session=True,
+                )  # fmt: skip
+        except OSError as error:
+            ours.close()
+            raise ZygoteGone(f"can't start the zygote: {error}") from None
+        self.pid = self._process.pid
+        ours.setblocking(False)
+        self._socket = ours
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        loop.add_reader(ours.fileno(), self._on_reply)
+        for group in self._groups:
+            self._send(f"watch {group}")
+
+    def fork(self, spec: int, log: int, beats: int) -> asyncio.Future[int]:
+        """Orders a node whose standard input is the file `spec`, whose output goes to `log`. The result is its pid, a
+        child of this process; or raises ZygoteGone."""
+        become_subreaper()
+        self.start()
+        order: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        assert self._socket is not None
+        try:
+            socket.send_fds(self._socket, [b"fork"], [spec, log, beats])
+        except OSError as error:
+            raise ZygoteGone(f"the zygote takes no order: {error}") from None
+        self._orders.append(order)
+        return order
+
+    def watch(self, pid: int) -> None:
+        """The process group of a node shall not outlive the root."""
+        self._groups.add(pid)
+        self._send(f"watch {pid}")
+
+    def forget(self, pid: int) -> None:
+        """That group has ended."""
+        self._groups.discard(pid)
+        self._send(f"forget {pid}")
+
+    async def close(self) -> None:
+        """Ends it, and what it has forked that nobody has taken. Answers to earlier orders still arrive."""
+        process = self._process
+        if process is None:
+            return
+        assert self._ended is not None
+        self._send("end")
+        await asyncio.wait([self._ended], timeout=CLOSE_S)
+        if self._process is process:
+            self._gone()
+
+    def _send(self, order: str) -> None:
+        if self._socket is not None:
+            with suppress(OSError):  # It is gone, which the reader of replies will see, or hangs: it can't guard then.
+                self._socket.send(order.encode())
+
+    def _on_reply(self) -> None:
+        assert self._socket is not None
+        try:
+            reply = self._socket.recv(_MAX_ORDER_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            reply = b""
+        if not reply:
+            self._gone()
+            return
+        order, answer = self._orders.popleft(), int(reply)
+        if order.done():
+            return
+        if answer < 0:
+            order.set_exception(ZygoteGone(f"the zygote can't fork: {os.strerror(-answer)}"))
+        else:
+            order.set_result(answer)
+
+    def _gone(self) -> None:
+        process, self._process, self.pid = self._process, None, 0
+        assert process is not None and self._socket is not None and self._ended is not None
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self._socket.close()
+        self._socket = None
+        process.kill()
+        process.wait()
+        reap_group(process.pid)
+        while self._orders:
+            order = self._orders.popleft()
+            if not order.done():
+                order.set_exception(ZygoteGone(f"the zygote ended: see {self._log}"))
+        self._ended.set_result(None)
+
+
+def become_subreaper() -> None:
+    """What the children of this process leave behind becomes its child, not that of process 1."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def reap_group(group: int, tries: int = 40) -> None:
+    """Takes the exit codes of all children in a process group that was killed, also of those that take a moment."""
+    try:
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return
+    if tries:
+        asyncio.get_running_loop().call_later(0.025, reap_group, group, tries - 1)
+
+
+def die_with_parent(number: signal.Signals) -> str:
+    """Code that has the kernel send a signal when the launcher ends, however that happens. It runs before all imports:
+    until then a process would outlive its launcher."""
+    prctl = f"ctypes.CDLL(None).prctl(1, {int(number)})"
+    return f"import ctypes, os; {prctl}; os.getppid() == {os.getpid()} or os._exit(1)"
+
+
+# The process -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Serves the root until it says `end` or is gone."""
+    root, folder = int(sys.argv[1]), sys.argv[2]
+    from . import process  # noqa: F401, I001 (what a node needs; numpy and zmq come with it)
+    import uvloop  # noqa: F401
+
+    def on_term(*_: object) -> None:
+        # Sent by the kernel when the root ends, or by who ends all processes of a machine: the root decides then.
+        if os.getppid() != root:
+            raise SystemExit(1)
+
+    signal.signal(signal.SIGTERM, on_term)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.collect()
+    gc.freeze()
+    groups: set[int] = set()
+    orderly = False
+    try:
+        orderly = _serve(socket.socket(fileno=0), groups)
+    finally:
+        for group in groups:
+            for kill in (os.kill, os.killpg):  # It may not have a group yet.
+                with suppress(ProcessLookupError, PermissionError):
+                    kill(group, signal.SIGKILL)
+        if not orderly:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _serve(orders: socket.socket, groups: set[int]) -> bool:
+    """Whether the root has said `end`."""
+    while True:
+        order, files, _, _ = socket.recv_fds(orders, _MAX_ORDER_BYTES, 3)
+        verb, _, pid = order.decode().partition(" ")
+        if verb == "fork":
+            _fork(orders, groups, files)
+        elif verb == "watch":
+            groups.add(int(pid))
+        elif verb == "forget":
+            groups.discard(int(pid))
+        else:
+            return verb == "end"
+
+
+def _fork(orders: socket.socket, groups: set[int], files: list[int]) -> None:
+    told, tell = os.pipe()
+    go, start = os.pipe()
+    # Here a signal may end the zygote between two orders only, and in the child never the zygote's way.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        mother = os.fork()
+        if mother == 0:
+            _bear(tell, files, go, start)
+        pid = int(os.read(told, 16))
+        # The child is the root's from now on, and is told so: a parent-death signal would have killed it before.
+        os.waitpid(mother, 0)
+    except OSError as error:
+        pid = -(error.errno or errno.EAGAIN)
+    if pid > 0:
+        groups.add(pid)
+    orders.send(str(pid).encode())
+    if pid > 0:
+        os.write(start, b"!")
+    for fd in (told, tell, go, start, *files):
+        os.close(fd)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _bear(tell: int, files: list[int], go: int, start: int) -> NoReturn:
+    """In the mother."""
+    answer = -errno.EAGAIN
+    try:
+        answer = os.fork()
+        if answer == 0:
+            _become_node(files, go, start)
+    finally:
+        os.write(tell, str(answer).encode())
+        os._exit(0)
+
+
+def _become_node(files: list[int], go: int, start: int) -> NoReturn:
+    """In the child. Until it is told to go it is in the zygote's process group, and ends with the zygote."""
+    try:
+        os.close(start)
+        if os.read(go, 1) != b"!":
+            os._exit(1)
+        os.setsid()
+        spec, log, beats = files
+        for number, fd in enumerate((spec, log, log, beats)):
+            os.dup2(fd, number)
+        os.closerange(_BEATS_FD + 1, os.sysconf("SC_OPEN_MAX"))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        if "numpy.random" in sys.modules:
+            sys.modules["numpy.random"].seed()
+        gc.enable()
+        from .process import run
+
+        run(_BEATS_FD)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
