@@ -28,7 +28,7 @@ def interface_of(actor: type[Actor]) -> dict[str, Any]:
     """What a class answers, as its directory entry says it."""
     return {
         "class_name": actor.__name__,
-        "messages": {name: (int(spec.lane), spec.deadline_s) for name, spec in actor.messages.items()},
+        "messages": {name: [int(spec.lane), spec.deadline_s] for name, spec in actor.messages.items()},
         "window": window_of(actor.mailbox_capacity),
     }
 

@@ -34,7 +34,7 @@ class Status:
     reason: str = ""
     """Why it is down or stopped."""
     class_name: str = ""
-    messages: dict[str, tuple[int, float]] = field(default_factory=dict)
+    messages: dict[str, list[float]] = field(default_factory=dict)
     """Lane and default deadline in seconds of each @message."""
     window: int = CALL_WINDOW
     """Messages of one node that may be under way to it."""
@@ -45,7 +45,7 @@ class Status:
         if spec is None:
             known = ", ".join(sorted(self.messages)) or "none"
             raise UnknownMessage(f"{self.name} ({self.class_name}) has no @message {method!r}; it has: {known}")
-        return Lane(spec[0]), spec[1]
+        return Lane(int(spec[0])), spec[1]
 
 
 class Directory:

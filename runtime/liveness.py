@@ -85,7 +85,7 @@ class _Watched:
     key: str
     word: int
     hang_s: float | None
-    stacks: Callable[[], str]
+    look: Callable[[], str | None]
     last: int
     quiet_s: float = 0.0
     suspect: bool = False
@@ -104,9 +104,10 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
         self._thread.start()
 
-    def add(self, key: str, word: int, *, hang_s: float | None, stacks: Callable[[], str]) -> None:
-        """Watches a word whose loop is beating. `stacks` is called in the thread when it is needed."""
-        self._watched[key] = _Watched(key, word, hang_s, stacks, self._beats.read(word))
+    def add(self, key: str, word: int, *, hang_s: float | None, look: Callable[[], str | None]) -> None:
+        """Watches a word whose loop is beating. `look` is called in the thread when the word is quiet, and returns the
+        stacks; or None if there is a good reason: then counting starts again."""
+        self._watched[key] = _Watched(key, word, hang_s, look, self._beats.read(word))
 
     def remove(self, key: str) -> None:
         self._watched.pop(key, None)
@@ -141,16 +142,17 @@ class Watch:
             return
         watched.quiet_s += passed
         if not watched.suspect and watched.quiet_s >= SUSPECT_S:
-            watched.suspect = True
-            self._tell(watched, "suspect")
+            watched.suspect = self._tell(watched, "suspect")
         elif not watched.hung and watched.hang_s is not None and watched.quiet_s >= watched.hang_s:
-            watched.hung = True
-            self._tell(watched, "hung")
+            watched.hung = self._tell(watched, "hung")
 
-    def _tell(self, watched: _Watched, verdict: Verdict) -> None:
-        stacks = watched.stacks()
-        if self._watched.get(watched.key) is watched:
+    def _tell(self, watched: _Watched, verdict: Verdict) -> bool:
+        stacks = watched.look()
+        if stacks is None:
+            watched.quiet_s, watched.suspect = 0.0, False
+        elif self._watched.get(watched.key) is watched:
             self._on_verdict(watched.key, verdict, watched.quiet_s, stacks)
+        return stacks is not None
 
 
 def _map(fd: int) -> memoryview:

@@ -22,7 +22,7 @@ from .directory import Status
 from .errors import InspectError, LaunchError, RuntimeFault
 from .events import EventLog
 from .exits import Exit
-from .inspector import Inspector, inspect_node
+from .inspector import Inspector, inspect_node, steady
 from .launcher import Launcher, NodeProcess, NodeSpec
 from .liveness import Beats, Pulse, Verdict, Watch
 from .node import Node
@@ -91,6 +91,8 @@ class Nodes:
         self._on_death = on_death
         self._start_task = start_task
         self._closed = False
+        self._told: dict[str, str] = {}
+        """State of each actor as all nodes know it."""
         self._nodes = {ROOT: HostedNode(NodeSpec(name=ROOT), 1, root.key, root.transport.address, ready=True)}
         self._loop = asyncio.get_running_loop()
         self._inspector = Inspector(root, self.inspector_of(ROOT))
@@ -99,7 +101,7 @@ class Nodes:
         word = self._beats.take()
         self._pulse = Pulse(self._beats.fd, word)
         self._watch_thread = Watch(self._beats, self._on_verdict, self._launcher.oom_kills.refresh)
-        self._watch_thread.add(root.key, word, hang_s=None, stacks=own_stacks)
+        self._watch_thread.add(root.key, word, hang_s=None, look=own_stacks)
 
     def __getitem__(self, name: str) -> HostedNode:
         """The node of that name, started or not."""
@@ -151,10 +153,14 @@ class Nodes:
                 hosted.hello.set_result(None)
 
     def publish(self, *statuses: Status) -> None:
-        """Tells all nodes, the root first."""
+        """Tells all nodes, the root first. That an actor is starting is told once: callers wait, whatever is new."""
+        news = []
         for status in statuses:
+            if status.state != "starting" or self._told.get(status.name) != "starting":
+                news.append(status)
+            self._told[status.name] = status.state
             self._root.directory.update(status)
-        self._broadcast(list(statuses), {}, {})
+        self._broadcast(news, {})
 
     async def stop(self, patience_s: float | None = None) -> None:
         """Ends all nodes but the root, in parallel: asks, waits `patience_s` (STOP_NODE_S), terminates, kills."""
@@ -203,9 +209,7 @@ class Nodes:
             process.kill()
             raise LaunchError(f"node {name} did not start: {why}\n{process.log_tail()}".rstrip())
         self._welcome(hosted)
-        self._watch_thread.add(
-            key, word, hang_s=hosted.spec.hang_s, stacks=lambda: dump(process.pid, process.log)
-        )  # fmt: skip
+        self._watch_thread.add(key, word, hang_s=hosted.spec.hang_s, look=lambda: self._look(name, process))
         self._start_task(self._watch(hosted, process))
 
     def _require_open(self, name: str) -> None:
@@ -213,14 +217,16 @@ class Nodes:
             raise LaunchError(f"node {name} was not started: the system is stopping")
 
     def _welcome(self, hosted: HostedNode) -> None:
-        """Makes a new node and all others known to each other. Its socket is bound only now that it has said hello."""
+        """Makes a new node known to the root, and the actors to it. Its socket is bound only now that it has said hello.
+
+        The other nodes get its address with the first actor that lives there.
+        """
         self._root.transport.connect(hosted.key, hosted.address)
-        others = {n.key: n.address for n in self._nodes.values() if n.ready and n.name != ROOT}
         status = agent_status(hosted.key)
-        self._broadcast([status], {hosted.key: hosted.address}, {})
-        hosted.ready = True
         self._root.directory.update(status)
-        self._root.ref(status.name).update.cast(self._root.directory.all(), others, {})
+        hosted.ready = True
+        known = [other for other in self._root.directory.all() if not _is_agent(other)]
+        self._root.ref(status.name).update.cast(known, self._addresses(known), {})
 
     async def _watch(self, hosted: HostedNode, process: NodeProcess) -> None:
         end = await asyncio.shield(process.exited)
@@ -231,38 +237,40 @@ class Nodes:
             **({"traceback": end.traceback} if end.traceback else {}),
         )  # fmt: skip
         self._root.peer_down(hosted.key, reason)
-        statuses = [agent_status(hosted.key, "down"), *self._on_death(hosted, end)]
+        self._root.directory.update(agent_status(hosted.key, "down"))
+        statuses = self._on_death(hosted, end)
         for status in statuses:
+            self._told[status.name] = status.state
             self._root.directory.update(status)
-        self._broadcast(statuses, {}, {hosted.key: reason})
+        self._broadcast(statuses, {hosted.key: reason})
 
     def _forget(self, key: str, word: int) -> None:
         self._watch_thread.remove(key)
         self._beats.give(word)
 
+    def _look(self, name: str, process: NodeProcess) -> str | None:
+        """In the thread of the watch: the stacks of a node whose loop is late; None if it may be loading a class."""
+        agent = f"$node@{name}"
+        spawning = steady(lambda: [r for r in self._root.waits.rows() if r["target"] == agent and r["method"] == "spawn"])
+        return None if spawning else dump(process.pid, process.log)
+
     def _on_verdict(self, key: str, verdict: Verdict, quiet_s: float, stacks: str) -> None:
         """In the thread of the watch."""
-        self._loop.call_soon_threadsafe(self._judge, key, verdict, quiet_s, stacks)
+        self._loop.call_soon_threadsafe(self._judge, key, verdict, round(quiet_s, 3), stacks)
 
     def _judge(self, key: str, verdict: Verdict, quiet_s: float, stacks: str) -> None:
-        """What the watch saw. A loop that is late because it loads an actor's class is expected, and no event."""
         hosted = self[key.partition("#")[0]]
-        process = hosted.process
+        process, hang_s = hosted.process, hosted.spec.hang_s
         if hosted.key != key or self._closed or (process is not None and process.exited.done()):
             return
-        agent = f"$node@{hosted.name}"
-        if any(row["target"] == agent and row["method"] == "spawn" for row in self._root.waits.rows()):
-            return
-        quiet_s = round(quiet_s, 3)
         hosted.suspicions += verdict == "suspect"
-        if verdict == "hung" and process is not None:
-            detail = f"hung: its loop has not run for {quiet_s:g} s (hang_s = {hosted.spec.hang_s:g}); killed"
-            self._events.write("node_hung", node=hosted.name, pid=process.pid, quiet_s=quiet_s, stacks=stacks)
-            process.kill(verdict=Exit(kind="hung", detail=detail, code=signal.SIGKILL, traceback=stacks))
-        elif hosted.suspicions <= MAX_SUSPICIONS:
+        if hosted.suspicions <= MAX_SUSPICIONS or verdict == "hung":
             pid = os.getpid() if process is None else process.pid
-            more = {"stacks": stacks} if verdict == "suspect" else {}
+            more = {"stacks": stacks} if stacks else {}
             self._events.write(f"node_{verdict}", node=hosted.name, pid=pid, quiet_s=quiet_s, **more)
+        if verdict == "hung" and process is not None:
+            detail = f"hung: its loop did not run for {quiet_s:g} s (hang_s = {hang_s:g}), so it was killed"
+            process.kill(verdict=Exit(kind="hung", detail=detail, code=signal.SIGKILL, traceback=stacks))
 
     async def _stop(self, hosted: HostedNode, process: NodeProcess, patience_s: float) -> None:
         if hosted.ready and not process.exited.done():
@@ -287,9 +295,20 @@ class Nodes:
             process.kill(number)
             await asyncio.wait([process.exited], timeout=TERMINATE_S)
 
-    def _broadcast(self, statuses: list[Status], addresses: dict[str, str], dead: dict[str, str]) -> None:
-        if self._closed:
+    def _broadcast(self, statuses: list[Status], dead: dict[str, str]) -> None:
+        if self._closed or not (statuses or dead):
             return
+        addresses = self._addresses(statuses)
         for hosted in self._nodes.values():
             if hosted.ready and hosted.name != ROOT:
                 self._root.ref(f"$node@{hosted.name}").update.cast(statuses, addresses, dead)
+
+    def _addresses(self, statuses: list[Status]) -> dict[str, str]:
+        """Where the nodes are that these actors live in."""
+        keys = {status.node for status in statuses}
+        return {n.key: n.address for n in self._nodes.values() if n.ready and n.name != ROOT and n.key in keys}
+
+
+def _is_agent(status: Status) -> bool:
+    """Only the root talks to the agents of nodes."""
+    return status.name.startswith("$node@")

@@ -52,6 +52,7 @@ class Transport:
         self._on_envelope = on_envelope
         self._on_malformed = on_malformed
         self._peers: dict[str, _Peer] = {}
+        self._addresses: dict[str, str] = {}
         self._loop = asyncio.get_running_loop()
         check_address(address)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
@@ -60,9 +61,16 @@ class Transport:
         self._loop.call_soon(self._drain)
 
     def connect(self, peer: str, address: str) -> None:
-        """Opens the way to a peer, whose socket had better be bound: ZeroMQ tries again only after a while."""
-        if peer in self._peers:
-            return
+        """Says where a peer is, whose socket had better be bound: ZeroMQ tries again only after a while.
+
+        The way to it is opened by the first message: most nodes never talk to most others.
+        """
+        self._addresses.setdefault(peer, address)
+
+    def _open(self, peer: str) -> _Peer | None:
+        address = self._addresses.get(peer)
+        if address is None:
+            return None
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.ROUTING_ID, self.identity.encode())
         socket.setsockopt(zmq.LINGER, 0)
@@ -70,11 +78,13 @@ class Transport:
         socket.setsockopt(zmq.RECONNECT_IVL, 20)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         socket.connect(address)
-        self._peers[peer] = _Peer(socket)
+        link = self._peers[peer] = _Peer(socket)
         self._loop.add_reader(socket.fileno(), self._flush, peer)
+        return link
 
     def disconnect(self, peer: str) -> None:
         """Forgets a peer that is gone, with what was still queued for it."""
+        self._addresses.pop(peer, None)
         gone = self._peers.pop(peer, None)
         if gone is not None:
             self._loop.remove_reader(gone.socket.fileno())
@@ -85,7 +95,7 @@ class Transport:
 
         Raises CodecError for what is too large for one message.
         """
-        link = self._peers.get(peer)
+        link = self._peers.get(peer) or self._open(peer)
         if link is None:
             return False
         if any(len(piece) > MAX_MESSAGE_BYTES - MAX_FRAME_BYTES for piece in (envelope[-1], *buffers)):
@@ -105,6 +115,7 @@ class Transport:
             self._loop.remove_reader(link.socket.fileno())
             link.socket.close(linger=int(drain_s * 1000))
         self._peers.clear()
+        self._addresses.clear()
         self._router.close(linger=0)
         await self._loop.run_in_executor(None, self._context.term)
 

@@ -194,26 +194,33 @@ def main() -> None:
     from . import process  # noqa: F401, I001 (what a node needs; numpy and zmq come with it)
     import uvloop  # noqa: F401
 
-    def on_term(*_: object) -> None:
-        # Sent by the kernel when the root ends, or by who ends all processes of a machine: the root decides then.
-        if os.getppid() != root:
-            raise SystemExit(1)
-
-    signal.signal(signal.SIGTERM, on_term)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.collect()
-    gc.freeze()
     groups: set[int] = set()
-    orderly = False
-    try:
-        orderly = _serve(socket.socket(fileno=0), groups)
-    finally:
-        for group in groups:
+
+    def end(*, orderly: bool) -> NoReturn:
+        for group in list(groups):
             for kill in (os.kill, os.killpg):  # It may not have a group yet.
                 with suppress(ProcessLookupError, PermissionError):
                     kill(group, signal.SIGKILL)
         if not orderly:
             shutil.rmtree(folder, ignore_errors=True)
+        os._exit(0)
+
+    def on_term(*_: object) -> None:
+        # Sent by the kernel when the root ends, or by who ends all processes of a machine: the root decides then.
+        if os.getppid() != root:
+            end(orderly=False)
+
+    signal.signal(signal.SIGTERM, on_term)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.collect()
+    gc.freeze()
+    orderly = False
+    try:
+        orderly = _serve(socket.socket(fileno=0), groups)
+    except OSError:
+        pass  # The root went away in the middle of an order.
+    finally:
+        end(orderly=orderly)
 
 
 def _serve(orders: socket.socket, groups: set[int]) -> bool:
