@@ -163,8 +163,9 @@ class Launcher:
             except ZygoteGone:
                 continue
             except TimeoutError:
-                return None
-            return NodeProcess(pid, log, lambda: _wait(pid), self.oom_kills)
+                break
+            with suppress(ProcessLookupError):  # It was killed, and somebody else took its exit code.
+                return NodeProcess(pid, log, lambda: _wait(pid), self.oom_kills)
         return None
 
     def _exec(self, spec: NodeSpec, log: Path, source: int, output: int) -> NodeProcess:

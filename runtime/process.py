@@ -8,9 +8,7 @@ Imports no actor's module by itself, so that a node without torch actors is up i
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import faulthandler
-import importlib
 import os
 import signal
 import sys
@@ -22,10 +20,9 @@ from .codec import decode, encode
 from .inspector import Inspector
 from .liveness import Pulse
 from .node import Node
+from .prctl import PR_SET_NAME, PR_SET_PDEATHSIG, prctl
 from .stacks import enable_dump
 
-_PR_SET_NAME = 15
-_PR_SET_PDEATHSIG = 1
 
 
 async def serve(spec: dict[str, Any], beats: int) -> None:
@@ -48,32 +45,31 @@ async def serve(spec: dict[str, Any], beats: int) -> None:
 
 def die_with(parent: int) -> None:
     """Has the kernel kill this process when its launcher ends, however that happens."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
-def run(beats: int) -> NoReturn:
-    """The whole life of the process. `beats`: file of the liveness words, inherited."""
+def run(beats: int, loop: asyncio.AbstractEventLoop | None = None) -> NoReturn:
+    """The whole life of the process. `beats`: file of the liveness words, inherited; `loop`: a fresh one, if there is."""
     with open(0, "rb", closefd=False) as stdin:
         spec = decode(stdin.read())
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
     die_with(spec["parent"])
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, spec["name"].encode()[:15])
+    prctl(PR_SET_NAME, spec["name"].encode())
     faulthandler.enable()
     enable_dump()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # What was printed before a kill is kept.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if spec["env"] is not None:
-        os.environ.clear()
-        os.environ.update(spec["env"])
+        _set_environment(spec["env"])
     sys.path[:0] = [p for p in spec["path"] if p not in sys.path]
-    importlib.invalidate_caches()
-    import uvloop
+    if loop is None:
+        import uvloop
 
-    loop = uvloop.new_event_loop()
+        loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     code = 1
     try:
@@ -87,6 +83,15 @@ def run(beats: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _set_environment(env: dict[str, str]) -> None:
+    """Changes no more than it must: in a forked process everything that is touched is copied."""
+    for key in os.environ.keys() - env.keys():
+        del os.environ[key]
+    for key, value in env.items():
+        if os.environ.get(key) != value:
+            os.environ[key] = value
 
 
 def pack_spec(**spec: Any) -> bytes:

@@ -1,22 +1,22 @@
 """The zygote: a process that has imported what every node needs, and forks nodes from there in milliseconds.
 
-    root --"fork" + files--> zygote: fork -> mother: fork -> child          the mother ends at once, so that the child
-    root <------pid--------- zygote                    '-------> |          is the root's (PR_SET_CHILD_SUBREAPER)
-                             zygote ------"go"-----------------> process.run
+    zygote: fork -> mother: fork -> spare      the mother ends at once, so that the spare is the root's child
+    root <---pid of the spare--- zygote <---"fork", files--- root          (PR_SET_CHILD_SUBREAPER)
+                                 zygote --------"go", files-------> spare: process.run
 
-It has one thread, no loop and no ZeroMQ context: those don't survive a fork. Its end does no harm to the nodes; the root
-starts another at the next need. It is also the guard: when the root is gone (its end of the socket closes) it kills the
-process groups of all nodes, also those started elsewhere, and removes the folder of their sockets. Knows nothing of
-actors and messages.
+One spare waits ready for the next order. The zygote has one thread, no loop and no ZeroMQ context: those don't survive a
+fork. Its end does no harm to the nodes; the root starts another at the next need. It is also the guard: when the root is
+gone (its end of the socket closes) it kills the process groups of all nodes, also those started elsewhere, and removes
+the folder of their sockets. Knows nothing of actors and messages.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
 import gc
 import os
+import select
 import shutil
 import signal
 import socket
@@ -25,17 +25,20 @@ import sys
 import traceback
 from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from .errors import LaunchError
+from .prctl import PR_SET_CHILD_SUBREAPER, PR_SET_NAME, prctl
 
 CLOSE_S = 2.0
 """Time the zygote may take to end."""
 
-_PR_SET_CHILD_SUBREAPER = 36
+REAP_S = 0.02
+REAP_TRIES = 50
+
 _MAX_ORDER_BYTES = 64
-_BEATS_FD = 3
 
 
 class ZygoteGone(LaunchError):
@@ -64,6 +67,7 @@ class Zygote:
         """Starts the process if it does not run; it takes orders at once and works on them when it is warm."""
         if self._process is not None:
             return
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
         package = __package__ or "headrace.runtime"
         code = f"{die_with_parent(signal.SIGTERM)}; from {package}.zygote import main; main()"
         # The threads of a numeric library would not survive the fork.
@@ -90,7 +94,6 @@ class Zygote:
     def fork(self, spec: int, log: int, beats: int) -> asyncio.Future[int]:
         """Orders a node whose standard input is the file `spec`, whose output goes to `log`. The result is its pid, a
         child of this process; or raises ZygoteGone."""
-        become_subreaper()
         self.start()
         order: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         assert self._socket is not None
@@ -121,6 +124,10 @@ class Zygote:
         await asyncio.wait([self._ended], timeout=CLOSE_S)
         if self._process is process:
             self._gone()
+        for _ in range(REAP_TRIES):
+            if reap(process.pid):
+                break
+            await asyncio.sleep(REAP_S)
 
     def _send(self, order: str) -> None:
         if self._socket is not None:
@@ -154,7 +161,7 @@ class Zygote:
         self._socket = None
         process.kill()
         process.wait()
-        reap_group(process.pid)
+        reap_group(process.pid)  # A spare, or what was just forked and nobody was told of.
         while self._orders:
             order = self._orders.popleft()
             if not order.done():
@@ -162,20 +169,20 @@ class Zygote:
         self._ended.set_result(None)
 
 
-def become_subreaper() -> None:
-    """What the children of this process leave behind becomes its child, not that of process 1."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
-def reap_group(group: int, tries: int = 40) -> None:
-    """Takes the exit codes of all children in a process group that was killed, also of those that take a moment."""
+def reap(group: int) -> bool:
+    """Takes the exit codes of all children in a process group that was killed; True if none is left."""
     try:
         while os.waitpid(-group, os.WNOHANG)[0]:
             pass
     except ChildProcessError:
-        return
-    if tries:
-        asyncio.get_running_loop().call_later(0.025, reap_group, group, tries - 1)
+        return True
+    return False
+
+
+def reap_group(group: int, tries: int = REAP_TRIES) -> None:
+    """Goes on until none is left: to end takes them a moment."""
+    if not reap(group) and tries:
+        asyncio.get_running_loop().call_later(REAP_S, reap_group, group, tries - 1)
 
 
 def die_with_parent(number: signal.Signals) -> str:
@@ -212,6 +219,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, on_term)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prctl(PR_SET_NAME, b"zygote")
     gc.collect()
     gc.freeze()
     orderly = False
@@ -225,11 +233,17 @@ def main() -> None:
 
 def _serve(orders: socket.socket, groups: set[int]) -> bool:
     """Whether the root has said `end`."""
+    poll = select.poll()
+    poll.register(orders, select.POLLIN)
+    spare: _Spare | None = None
     while True:
+        if spare is None and not poll.poll(0):
+            spare = _bear(groups, [])
         order, files, _, _ = socket.recv_fds(orders, _MAX_ORDER_BYTES, 3)
         verb, _, pid = order.decode().partition(" ")
         if verb == "fork":
-            _fork(orders, groups, files)
+            _hand_over(orders, spare or _bear(groups, files), files)
+            spare = None
         elif verb == "watch":
             groups.add(int(pid))
         elif verb == "forget":
@@ -238,61 +252,85 @@ def _serve(orders: socket.socket, groups: set[int]) -> bool:
             return verb == "end"
 
 
-def _fork(orders: socket.socket, groups: set[int], files: list[int]) -> None:
+@dataclass(frozen=True)
+class _Spare:
+    pid: int
+    """Minus an error number: it could not be forked."""
+    line: socket.socket
+
+
+def _hand_over(orders: socket.socket, spare: _Spare, files: list[int]) -> None:
+    """Makes a node of a spare. The root knows of it first: a node that nobody knows must not run."""
+    orders.send(str(spare.pid).encode())
+    with suppress(BrokenPipeError):  # It was killed, as its parent sees.
+        socket.send_fds(spare.line, [b"go"], files)
+    spare.line.close()
+    for fd in files:
+        os.close(fd)
+
+
+def _bear(groups: set[int], files: list[int]) -> _Spare:
+    """`files`: what is open here for somebody else."""
     told, tell = os.pipe()
-    go, start = os.pipe()
-    # Here a signal may end the zygote between two orders only, and in the child never the zygote's way.
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # In the child no signal may ever go the zygote's way.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         mother = os.fork()
         if mother == 0:
-            _bear(tell, files, go, start)
+            ours.close()
+            _be_mother(tell, theirs, [told, *files])
         pid = int(os.read(told, 16))
-        # The child is the root's from now on, and is told so: a parent-death signal would have killed it before.
         os.waitpid(mother, 0)
     except OSError as error:
         pid = -(error.errno or errno.EAGAIN)
     if pid > 0:
         groups.add(pid)
-    orders.send(str(pid).encode())
-    if pid > 0:
-        os.write(start, b"!")
-    for fd in (told, tell, go, start, *files):
-        os.close(fd)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    os.close(told)
+    os.close(tell)
+    theirs.close()
+    return _Spare(pid, ours)
 
 
-def _bear(tell: int, files: list[int], go: int, start: int) -> NoReturn:
-    """In the mother."""
+def _be_mother(tell: int, line: socket.socket, files: list[int]) -> NoReturn:
     answer = -errno.EAGAIN
     try:
         answer = os.fork()
         if answer == 0:
-            _become_node(files, go, start)
+            _be_spare(line, [tell, *files])
     finally:
         os.write(tell, str(answer).encode())
         os._exit(0)
 
 
-def _become_node(files: list[int], go: int, start: int) -> NoReturn:
-    """In the child. Until it is told to go it is in the zygote's process group, and ends with the zygote."""
+def _be_spare(line: socket.socket, files: list[int]) -> NoReturn:
+    """Until it is told to go it is in the zygote's process group, and ends with the zygote."""
     try:
-        os.close(start)
-        if os.read(go, 1) != b"!":
-            os._exit(1)
-        os.setsid()
-        spec, log, beats = files
-        for number, fd in enumerate((spec, log, log, beats)):
-            os.dup2(fd, number)
-        os.closerange(_BEATS_FD + 1, os.sysconf("SC_OPEN_MAX"))
+        import uvloop
+
+        for fd in files:
+            os.close(fd)
+        prctl(PR_SET_NAME, b"spare")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if "numpy.random" in sys.modules:
             sys.modules["numpy.random"].seed()
         gc.enable()
+        loop = uvloop.new_event_loop()
+        order, files, _, _ = socket.recv_fds(line, _MAX_ORDER_BYTES, 3)
+        if order != b"go":
+            os._exit(1)
+        os.setsid()
+        line.close()
+        spec, log, beats = files
+        for number, fd in enumerate((spec, log, log)):
+            os.dup2(fd, number)
+        os.close(spec)
+        os.close(log)
         from .process import run
 
-        run(_BEATS_FD)
+        run(beats, loop)
     except BaseException:
         traceback.print_exc()
     finally:
