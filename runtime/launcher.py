@@ -158,12 +158,13 @@ class Launcher:
         """None if there is no zygote to be had."""
         for _ in range(2):
             try:
-                async with asyncio.timeout(ORDER_S):
-                    pid = await self._zygote.fork(source, output, self._beats)
+                order = self._zygote.fork(source, output, self._beats)
+                await asyncio.wait([order], timeout=ORDER_S)
+                if not order.done():
+                    self._zygote.kill()
+                pid = order.result()
             except ZygoteGone:
                 continue
-            except TimeoutError:
-                break
             with suppress(ProcessLookupError):  # It was killed, and somebody else took its exit code.
                 return NodeProcess(pid, log, lambda: _wait(pid), self.oom_kills)
         return None

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import LaunchError
-from .prctl import PR_SET_CHILD_SUBREAPER, PR_SET_NAME, prctl
+from .prctl import PR_SET_NAME, Subreaper, prctl
 
 CLOSE_S = 2.0
 """Time the zygote may take to end."""
@@ -62,12 +62,13 @@ class Zygote:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._ended: asyncio.Future[None] | None = None
+        self._adoption: Subreaper | None = None
 
     def start(self) -> None:
         """Starts the process if it does not run; it takes orders at once and works on them when it is warm."""
         if self._process is not None:
             return
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self._adoption = self._adoption or Subreaper()
         package = __package__ or "headrace.runtime"
         code = f"{die_with_parent(signal.SIGTERM)}; from {package}.zygote import main; main()"
         # The threads of a numeric library would not survive the fork.
@@ -114,20 +115,26 @@ class Zygote:
         self._groups.discard(pid)
         self._send(f"forget {pid}")
 
+    def kill(self) -> None:
+        """It answers no more. What it has forked that nobody was told of ends with it; another one can be started."""
+        if self._process is not None:
+            self._gone()
+
     async def close(self) -> None:
         """Ends it, and what it has forked that nobody has taken. Answers to earlier orders still arrive."""
         process = self._process
-        if process is None:
-            return
-        assert self._ended is not None
-        self._send("end")
-        await asyncio.wait([self._ended], timeout=CLOSE_S)
-        if self._process is process:
-            self._gone()
-        for _ in range(REAP_TRIES):
-            if reap(process.pid):
-                break
-            await asyncio.sleep(REAP_S)
+        if process is not None:
+            assert self._ended is not None
+            self._send("end")
+            await asyncio.wait([self._ended], timeout=CLOSE_S)
+            self.kill()
+            for _ in range(REAP_TRIES):
+                if reap(process.pid):
+                    break
+                await asyncio.sleep(REAP_S)
+        if self._adoption is not None:
+            self._adoption.release()
+            self._adoption = None
 
     def _send(self, order: str) -> None:
         if self._socket is not None:
@@ -146,8 +153,6 @@ class Zygote:
             self._gone()
             return
         order, answer = self._orders.popleft(), int(reply)
-        if order.done():
-            return
         if answer < 0:
             order.set_exception(ZygoteGone(f"the zygote can't fork: {os.strerror(-answer)}"))
         else:
