@@ -16,8 +16,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 
 import orjson
@@ -25,7 +25,6 @@ import orjson
 from .errors import InspectError, LaunchError
 from .node import Node
 from .stacks import own_stacks
-from .transport import check_address
 
 Question = Literal["ping", "stacks", "tasks", "waits", "actors", "counters", "dead_letters"]
 
@@ -51,7 +50,8 @@ def inspect_node(path: str, ask: Question, timeout_s: float = 2.0) -> Any:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         try:
             client.settimeout(timeout_s)
-            client.connect(path)
+            with _short(path) as name:
+                client.connect(name)
             client.sendall(orjson.dumps({"ask": ask}) + b"\n")
             while len(data) <= MAX_ANSWER_BYTES:
                 client.settimeout(max(0.001, end - time.monotonic()))
@@ -79,7 +79,6 @@ class Inspector:
 
     def __init__(self, node: Node, path: str) -> None:
         """Listens at `path`. Raises LaunchError."""
-        check_address(f"ipc://{path}")
         self._node = node
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -94,7 +93,8 @@ class Inspector:
         }
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.bind(path)
+            with _short(path) as name:
+                self._socket.bind(name)
         except OSError as error:
             self._socket.close()
             raise LaunchError(f"can't listen at {path}: {error.strerror}") from None
@@ -147,6 +147,16 @@ class Inspector:
         if len(reply) > MAX_ANSWER_BYTES:
             return _dump({"error": f"{ask}: the answer has {len(reply)} bytes, at most {MAX_ANSWER_BYTES} are sent"})
         return reply
+
+
+@contextmanager
+def _short(path: str) -> Iterator[str]:
+    """Another name of a path, however long that is: addresses of sockets have at most 107 bytes."""
+    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{os.path.basename(path)}"
+    finally:
+        os.close(folder)
 
 
 def steady(read: Callable[[], T]) -> T:

@@ -101,7 +101,7 @@ class Nodes:
         word = self._beats.take()
         self._pulse = Pulse(self._beats.fd, word)
         self._watch_thread = Watch(self._beats, self._on_verdict, self._launcher.oom_kills.refresh)
-        self._watch_thread.add(root.key, word, hang_s=None, look=own_stacks)
+        self._watch_thread.add(root.key, word, hang_s=None, look=lambda: self._look(ROOT, None))
 
     def __getitem__(self, name: str) -> HostedNode:
         """The node of that name, started or not."""
@@ -248,11 +248,13 @@ class Nodes:
         self._watch_thread.remove(key)
         self._beats.give(word)
 
-    def _look(self, name: str, process: NodeProcess) -> str | None:
+    def _look(self, name: str, process: NodeProcess | None) -> str | None:
         """In the thread of the watch: the stacks of a node whose loop is late; None if it may be loading a class."""
         agent = f"$node@{name}"
         spawning = steady(lambda: [r for r in self._root.waits.rows() if r["target"] == agent and r["method"] == "spawn"])
-        return None if spawning else dump(process.pid, process.log)
+        if spawning:
+            return None
+        return own_stacks() if process is None else dump(process.pid, process.log)
 
     def _on_verdict(self, key: str, verdict: Verdict, quiet_s: float, stacks: str) -> None:
         """In the thread of the watch."""

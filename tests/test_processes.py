@@ -16,10 +16,11 @@ from sample_actors import Echo, Fragile, Hog, Parent, Relay, until
 
 from headrace.runtime import NodeSpec, RestartPolicy, System
 from headrace.runtime import launcher as launcher_module
-from headrace.runtime.errors import ActorDied, InspectError
+from headrace.runtime.errors import ActorDied, InspectError, LaunchError
 from headrace.runtime.exits import OomKills, exit_of, oom_counters
-from headrace.runtime.inspector import MAX_REQUEST_BYTES, inspect_node
+from headrace.runtime.inspector import MAX_REQUEST_BYTES, Inspector, inspect_node
 from headrace.runtime.liveness import SUSPECT_S, Beats, Watch
+from headrace.runtime.node import Node
 from headrace.runtime.stacks import state_of
 from headrace.runtime.zygote import Zygote, ZygoteGone
 
@@ -419,3 +420,16 @@ async def test_stacks_of_any_node(system):
     with pytest.raises(ActorDied):
         await keeping
     assert await system._nodes.stacks("other") == "[no stacks: the process does not run]"
+
+
+async def test_the_inspector_listens_below_any_path(tmp_path):
+    """Longer than the address of a socket may be."""
+    node = Node("x#1", f"ipc://{tmp_path}/x")
+    folder = tmp_path / ("y" * 120)
+    folder.mkdir()
+    inspector = Inspector(node, f"{folder}/z")
+    assert (await ask(f"{folder}/z", "ping"))["key"] == "x#1"
+    with pytest.raises(LaunchError, match="can't listen at .*z: Address already in use"):
+        Inspector(node, f"{folder}/z")
+    inspector.close()
+    await node.close()
