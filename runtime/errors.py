@@ -5,6 +5,11 @@ All derive from RuntimeFault. Each survives the wire (`name`, `message`) and pic
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .exits import Exit
+
 
 class RuntimeFault(Exception):
     """Base of all errors below."""
@@ -59,6 +64,9 @@ class StaleIncarnation(RuntimeFault):
 class LaunchError(RuntimeFault):
     """A node could not be started: the text holds the command, its exit and the end of its log."""
 
+    exit: Exit | None = None
+    """How its process ended, where it was started."""
+
 
 class LeaseLost(RuntimeFault):
     """A lease expired or was given back, so its entries may be with someone else. Raised by the sample pool on ack and
@@ -88,3 +96,7 @@ class ExchangeFull(RuntimeFault):
 
 class InspectError(RuntimeFault):
     """A process could not be looked into: it has ended, is stopped, or does not know the question. The text says which."""
+
+
+class ZygoteGone(LaunchError):
+    """The process that forks nodes ended before it answered. The launcher tries another one, then starts without."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,7 @@ from .codec import wire
 ExitKind = Literal["stopped", "exception", "exit_code", "signal", "out_of_memory", "lost", "hung"]
 
 OOM_READ_S = 1.0
-"""Shortest time between two readings of the kernel's counters."""
+"""Time between two readings of the kernel's counters."""
 
 
 @wire
@@ -57,16 +56,15 @@ class OomKills:
 
     def __init__(self, files: list[Path] | None = None) -> None:
         self._files = oom_counters() if files is None else files
-        self._older = self._newer = time.monotonic(), self._read()
+        self._older = self._newer = self._read()
 
     def refresh(self) -> None:
-        """Call it now and then: a rise is only news for a while."""
-        if time.monotonic() - self._newer[0] >= OOM_READ_S:
-            self._older, self._newer = self._newer, (time.monotonic(), self._read())
+        """Call it every OOM_READ_S: a rise is only news for a while."""
+        self._older, self._newer = self._newer, self._read()
 
     def rose(self) -> bool:
         """Whether the counter is higher than it was at the last reading but one."""
-        return self._read() > self._older[1]
+        return self._read() > self._older
 
     def _read(self) -> int:
         for file in self._files:

@@ -20,14 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .errors import LaunchError
-from .exits import Exit, OomKills, exit_of
-from .zygote import Zygote, ZygoteGone, die_with_parent, reap_group
+from .errors import LaunchError, ZygoteGone
+from .exits import OOM_READ_S, Exit, OomKills, exit_of
+from .zygote import Zygote, die_with_parent, reap_group
 
 LOG_TAIL_BYTES = 2000
 
 ORDER_S = 20.0
 """Time that the zygote may take to fork, its own start included."""
+
+KILL_S = 2.0
+"""Time that the kernel may take to end a process that was killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,8 @@ class Launcher:
         self._beats = beats
         self._zygote = Zygote(folder, logs / "zygote.log")
         self._starting: set[asyncio.Task[NodeProcess]] = set()
+        self._living: set[NodeProcess] = set()
+        self._refresh()
 
     @property
     def zygote_pid(self) -> int:
@@ -128,10 +133,19 @@ class Launcher:
             raise
 
     async def close(self) -> None:
-        """Ends the zygote. Nodes must have ended before: what is still known of them is killed."""
+        """Ends the zygote, and kills the nodes that have not ended."""
+        self._timer.cancel()
         await self._zygote.close()
         while self._starting:
             await asyncio.wait(self._starting)
+        for process in self._living:
+            process.kill()
+        if self._living:
+            await asyncio.wait([process.exited for process in self._living], timeout=KILL_S)
+
+    def _refresh(self) -> None:
+        self.oom_kills.refresh()
+        self._timer = asyncio.get_running_loop().call_later(OOM_READ_S, self._refresh)
 
     async def _start(self, spec: NodeSpec, stdin: bytes) -> NodeProcess:
         log = self._logs / f"{spec.name}.log"
@@ -151,8 +165,13 @@ class Launcher:
         finally:
             os.close(source)
             os.close(output)
-        process.exited.add_done_callback(lambda _: self._zygote.forget(process.pid))
+        self._living.add(process)
+        process.exited.add_done_callback(lambda _: self._on_end(process))
         return process
+
+    def _on_end(self, process: NodeProcess) -> None:
+        self._living.discard(process)
+        self._zygote.forget(process.pid)
 
     async def _fork(self, log: Path, source: int, output: int) -> NodeProcess | None:
         """None if there is no zygote to be had."""

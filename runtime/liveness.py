@@ -95,10 +95,9 @@ class _Watched:
 class Watch:
     """The thread that reads the words. `on_verdict` is called there, with no lock held."""
 
-    def __init__(self, beats: Beats, on_verdict: OnVerdict, each_round: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, beats: Beats, on_verdict: OnVerdict) -> None:
         self._beats = beats
         self._on_verdict = on_verdict
-        self._each_round = each_round
         self._watched: dict[str, _Watched] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
@@ -130,7 +129,6 @@ class Watch:
             before = now
             for watched in list(self._watched.values()):
                 self._look(watched, passed)
-            self._each_round()
 
     def _look(self, watched: _Watched, passed: float) -> None:
         beat = self._beats.read(watched.word)

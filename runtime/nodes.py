@@ -2,8 +2,7 @@
 
     down --open--> starting --hello--> ready --exit--> down, `on_death` is asked      stop: ask, wait, terminate, kill
 
-Loops that are blocked are seen too (liveness.py): events tell of them, with the stacks of all threads, and after `hang_s`
-the node is killed as hung. Decides nothing else: whether a dead node is opened again is the business of system.py.
+Nodes whose loop hangs are the business of vigil.py; whether a dead node is opened again is that of system.py.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from .directory import Status
 from .errors import InspectError, LaunchError, RuntimeFault
 from .events import EventLog
 from .exits import Exit
-from .inspector import Inspector, inspect_node, steady
+from .inspector import Inspector, inspect_node
 from .launcher import Launcher, NodeProcess, NodeSpec
-from .liveness import Beats, Pulse, Verdict, Watch
 from .node import Node
 from .process import pack_spec
 from .stacks import dump, own_stacks
 from .transport import check_address
+from .vigil import Vigil
 
 ROOT = "root"
 HELLO_S = 30.0
@@ -39,12 +38,6 @@ STOP_NODE_S = 8.0
 
 TERMINATE_S = 1.0
 """Time a process may take to end by a signal."""
-
-STARTS = 3
-"""How often a node is started that a signal kills before its first message."""
-
-MAX_SUSPICIONS = 50
-"""Of one node that are written to events.jsonl, with the ends of most; more would flood it."""
 
 
 @dataclass(eq=False)
@@ -60,7 +53,6 @@ class HostedNode:
     ready: bool = False
     hello: asyncio.Future[None] | None = None
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
-    suspicions: int = 0
 
     @property
     def name(self) -> str:
@@ -94,14 +86,9 @@ class Nodes:
         self._told: dict[str, str] = {}
         """State of each actor as all nodes know it."""
         self._nodes = {ROOT: HostedNode(NodeSpec(name=ROOT), 1, root.key, root.transport.address, ready=True)}
-        self._loop = asyncio.get_running_loop()
         self._inspector = Inspector(root, self.inspector_of(ROOT))
-        self._beats = Beats()
-        self._launcher = Launcher(sockets, logs, self._beats.fd)
-        word = self._beats.take()
-        self._pulse = Pulse(self._beats.fd, word)
-        self._watch_thread = Watch(self._beats, self._on_verdict, self._launcher.oom_kills.refresh)
-        self._watch_thread.add(root.key, word, hang_s=None, look=lambda: self._look(ROOT, None))
+        self._vigil = Vigil(root, events)
+        self._launcher = Launcher(sockets, logs, self._vigil.fd)
 
     def __getitem__(self, name: str) -> HostedNode:
         """The node of that name, started or not."""
@@ -130,21 +117,11 @@ class Nodes:
             return await asyncio.to_thread(dump, process.pid, process.log)
 
     async def open(self, name: str) -> None:
-        """Makes sure that a node is ready. One that a signal kills as it starts is started again, STARTS times in all.
-        Raises LaunchError."""
+        """Makes sure that a node is ready. Raises LaunchError."""
         hosted = self[name]
         async with hosted.starting:
-            for start in range(1, STARTS + 1):
-                if hosted.ready:
-                    return
-                try:
-                    await self._start(hosted)
-                except LaunchError as error:
-                    process = hosted.process
-                    killed = process is not None and process.exited.done() and process.exited.result().kind == "signal"
-                    if start == STARTS or not killed or self._closed:
-                        raise
-                    self._events.write("node_start_failed", node=name, reason=str(error))
+            if not hosted.ready:
+                await self._start(hosted)
 
     def on_hello(self, key: str) -> None:
         """A node's first message."""
@@ -168,11 +145,9 @@ class Nodes:
         patience_s = STOP_NODE_S if patience_s is None else patience_s
         processes = [(hosted, hosted.process) for hosted in self._nodes.values() if hosted.process]
         await asyncio.gather(*(self._stop(hosted, process, patience_s) for hosted, process in processes))
-        self._watch_thread.close()
-        self._pulse.stop()
+        self._vigil.close()
         await self._launcher.close()
         self._inspector.close()
-        self._beats.close()
 
     async def _start(self, hosted: HostedNode) -> None:
         name = hosted.name
@@ -183,7 +158,7 @@ class Nodes:
         hello = asyncio.get_running_loop().create_future()
         hosted.incarnation, hosted.key, hosted.address, hosted.hello = incarnation, key, address, hello
         hosted.process = None
-        word = self._beats.take()
+        word = self._vigil.take()
         env = {**os.environ, **hosted.spec.env} if hosted.spec.warm else None
         spec = pack_spec(
             key=key, name=name, incarnation=incarnation, address=address, parent=os.getpid(), word=word, env=env,
@@ -193,9 +168,9 @@ class Nodes:
         try:
             hosted.process = process = await self._launcher.start(hosted.spec, spec)
         except BaseException:
-            self._beats.give(word)
+            self._vigil.give(word)
             raise
-        process.exited.add_done_callback(lambda _: self._forget(key, word))
+        process.exited.add_done_callback(lambda _: self._vigil.end(key, word))
         self._events.write("node_start", node=name, pid=process.pid, incarnation=incarnation)
         try:
             self._require_open(name)
@@ -205,11 +180,14 @@ class Nodes:
         ends: list[asyncio.Future[Any]] = [hello, process.exited]
         done, _ = await asyncio.wait(ends, timeout=HELLO_S, return_when=asyncio.FIRST_COMPLETED)
         if hello not in done:
-            why = str(process.exited.result()) if done else f"no hello within {HELLO_S:g} s"
+            end = process.exited.result() if done else None
             process.kill()
-            raise LaunchError(f"node {name} did not start: {why}\n{process.log_tail()}".rstrip())
+            why = end or f"no hello within {HELLO_S:g} s"
+            error = LaunchError(f"node {name} did not start: {why}\n{process.log_tail()}".rstrip())
+            error.exit = end
+            raise error
         self._welcome(hosted)
-        self._watch_thread.add(key, word, hang_s=hosted.spec.hang_s, look=lambda: self._look(name, process))
+        self._vigil.begin(key, word, process, hosted.spec.hang_s)
         self._start_task(self._watch(hosted, process))
 
     def _require_open(self, name: str) -> None:
@@ -233,7 +211,8 @@ class Nodes:
         hosted.ready = False
         reason = end.detail
         self._events.write(
-            "node_exit", node=hosted.name, pid=process.pid, kind=end.kind, reason=reason, log=process.log_tail()[-500:],
+            "node_exit", node=hosted.name, pid=process.pid, kind=end.kind, code=end.code, reason=reason,
+            log=process.log_tail()[-500:],
             **({"traceback": end.traceback} if end.traceback else {}),
         )  # fmt: skip
         self._root.peer_down(hosted.key, reason)
@@ -243,36 +222,6 @@ class Nodes:
             self._told[status.name] = status.state
             self._root.directory.update(status)
         self._broadcast(statuses, {hosted.key: reason})
-
-    def _forget(self, key: str, word: int) -> None:
-        self._watch_thread.remove(key)
-        self._beats.give(word)
-
-    def _look(self, name: str, process: NodeProcess | None) -> str | None:
-        """In the thread of the watch: the stacks of a node whose loop is late; None if it may be loading a class."""
-        agent = f"$node@{name}"
-        spawning = steady(lambda: [r for r in self._root.waits.rows() if r["target"] == agent and r["method"] == "spawn"])
-        if spawning:
-            return None
-        return own_stacks() if process is None else dump(process.pid, process.log)
-
-    def _on_verdict(self, key: str, verdict: Verdict, quiet_s: float, stacks: str) -> None:
-        """In the thread of the watch."""
-        self._loop.call_soon_threadsafe(self._judge, key, verdict, round(quiet_s, 3), stacks)
-
-    def _judge(self, key: str, verdict: Verdict, quiet_s: float, stacks: str) -> None:
-        hosted = self[key.partition("#")[0]]
-        process, hang_s = hosted.process, hosted.spec.hang_s
-        if hosted.key != key or self._closed or (process is not None and process.exited.done()):
-            return
-        hosted.suspicions += verdict == "suspect"
-        if hosted.suspicions <= MAX_SUSPICIONS or verdict == "hung":
-            pid = os.getpid() if process is None else process.pid
-            more = {"stacks": stacks} if stacks else {}
-            self._events.write(f"node_{verdict}", node=hosted.name, pid=pid, quiet_s=quiet_s, **more)
-        if verdict == "hung" and process is not None:
-            detail = f"hung: its loop did not run for {quiet_s:g} s (hang_s = {hang_s:g}), so it was killed"
-            process.kill(verdict=Exit(kind="hung", detail=detail, code=signal.SIGKILL, traceback=stacks))
 
     async def _stop(self, hosted: HostedNode, process: NodeProcess, patience_s: float) -> None:
         if hosted.ready and not process.exited.done():

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import LaunchError
+from .errors import ZygoteGone
 from .prctl import PR_SET_NAME, Subreaper, prctl
 
 CLOSE_S = 2.0
@@ -39,10 +39,6 @@ REAP_S = 0.02
 REAP_TRIES = 50
 
 _MAX_ORDER_BYTES = 64
-
-
-class ZygoteGone(LaunchError):
-    """The zygote ended before it answered. Launcher.start tries another one, and then starts the node without."""
 
 
 # The root's end --------------------------------------------------------------------------------------------------

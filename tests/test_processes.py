@@ -16,13 +16,13 @@ from sample_actors import Echo, Fragile, Hog, Parent, Relay, until
 
 from headrace.runtime import NodeSpec, RestartPolicy, System
 from headrace.runtime import launcher as launcher_module
-from headrace.runtime.errors import ActorDied, InspectError, LaunchError
+from headrace.runtime.errors import ActorDied, InspectError, LaunchError, ZygoteGone
 from headrace.runtime.exits import OomKills, exit_of, oom_counters
 from headrace.runtime.inspector import MAX_REQUEST_BYTES, Inspector, inspect_node
 from headrace.runtime.liveness import SUSPECT_S, Beats, Watch
 from headrace.runtime.node import Node
 from headrace.runtime.stacks import state_of
-from headrace.runtime.zygote import Zygote, ZygoteGone
+from headrace.runtime.zygote import Zygote
 
 QUICK = RestartPolicy(max_restarts=50, backoff_s=0.0)
 
@@ -157,15 +157,15 @@ async def test_a_start_that_is_given_up_leaves_no_process(system):
     assert await (await system.spawn(Echo(), name="e1", node="n1")).echo(1) == 1
 
 
-async def test_a_node_that_is_killed_as_it_starts_is_started_again(system):
-    """Also at its very first start, before the supervisor knows it."""
-    spawning = asyncio.create_task(system.spawn(Echo(), name="e", node="cold"))
+async def test_a_start_that_was_killed_is_told_from_one_that_failed(system):
+    """So that the supervisor can try again."""
+    starting = asyncio.create_task(system._nodes.open("cold"))
     await until(lambda: events(system, "node_start"))
     os.kill(system.pids()["cold"], signal.SIGKILL)
-    ref = await asyncio.wait_for(spawning, 30)
-    assert await ref.echo(1) == 1 and len(events(system, "node_start")) == 2
-    (failed,) = events(system, "node_start_failed")
-    assert "killed by SIGKILL" in failed["reason"]
+    with pytest.raises(LaunchError, match="node cold did not start: killed by SIGKILL") as caught:
+        await starting
+    assert caught.value.exit.kind == "signal"
+    await system._nodes.open("cold")
 
 
 def test_ctrl_c_during_a_start_leaves_nothing(tmp_path):
