@@ -34,7 +34,7 @@ def interface_of(actor: type[Actor]) -> dict[str, Any]:
     window, window_bytes = window_of(actor.mailbox_capacity, actor.mailbox_bytes)
     return {
         "class_name": actor.__name__,
-        "messages": {name: (int(spec.lane), spec.deadline_s) for name, spec in actor.messages.items()},
+        "messages": {name: [int(spec.lane), spec.deadline_s] for name, spec in actor.messages.items()},
         "window": window,
         "window_bytes": window_bytes,
     }

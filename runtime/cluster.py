@@ -1,7 +1,7 @@
 """The schema of cluster.toml: a run, its nodes, its actors, and tables that only the actors understand.
 
     [run]             name, seed, directory
-    [nodes.NAME]      one process of its own: launcher, threads, env
+    [nodes.NAME]      one process of its own: launcher, threads, env, start, hang_s
     [groups.NAME]     actors supervised together: strategy, parent, max_restarts, window_s, ...
     [actors.NAME]     class = "module:Class", node, group, restart, max_restarts, window_s, ...;
                       every other key is a field of that class
@@ -52,11 +52,16 @@ class NodeSettings:
     """Threads that numeric libraries may use in this process."""
     env: dict[str, str] = field(default_factory=dict)
     """Further environment variables; they win over `threads`."""
+    start: Literal["auto", "warm", "cold"] = "auto"
+    """warm: forked from a process that has the imports, in milliseconds; cold, which auto is here: a new interpreter, that
+    reads `threads` and `env` as it starts."""
+    hang_s: Annotated[float, Ge(0)] = 30.0
+    """Seconds for which its loop may be blocked; then it is killed and counts as hung. 0: for ever."""
 
     def spec(self, name: str) -> NodeSpec:
         """What the launcher needs to start it."""
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self.threads))
-        return NodeSpec(name=name, env={**limits, **self.env})
+        return NodeSpec(name=name, env={**limits, **self.env}, start=self.start, hang_s=self.hang_s or None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ class Status:
     exit: Exit | None = None
     """Why it is down or stopped."""
     class_name: str = ""
-    messages: dict[str, tuple[int, float]] = field(default_factory=dict)
+    messages: dict[str, list[float]] = field(default_factory=dict)
     """Lane and default deadline in seconds of each @message."""
     window: int = CALL_WINDOW
     """Messages of one node that may be under way to each of its lanes."""
@@ -58,7 +58,7 @@ class Status:
         if spec is None:
             known = ", ".join(sorted(self.messages)) or "none"
             raise UnknownMessage(f"{self.name} ({self.class_name}) has no @message {method!r}; it has: {known}")
-        return Lane(spec[0]), spec[1]
+        return Lane(int(spec[0])), spec[1]
 
 
 class Directory:

@@ -110,3 +110,11 @@ class SnapshotRefused(RuntimeFault):
 
 class NodeLost(RuntimeFault):
     """A node on another host and its root no longer hear each other. Ends the node; the root starts it again."""
+
+
+class InspectError(RuntimeFault):
+    """A process could not be looked into: it has ended, is stopped, or does not know the question. The text says which."""
+
+
+class ZygoteGone(LaunchError):
+    """The process that forks nodes ended before it answered. The launcher tries another one, then starts without."""

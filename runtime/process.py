@@ -1,6 +1,6 @@
-"""The process of a node: `python -m headrace.runtime.process`, started by launcher.py only.
+"""The process of a node, started by launcher.py only.
 
-    read spec from stdin -> die with the launcher -> bind -> hello to the root -> serve until told to shut down
+    read spec from stdin -> die with the launcher -> bind -> beat -> hello to the root -> serve until told to shut down
 
 Imports no actor's module by itself, so that a node without torch actors is up in a fraction of a second.
 """
@@ -8,7 +8,6 @@ Imports no actor's module by itself, so that a node without torch actors is up i
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import faulthandler
 import os
 import signal
@@ -16,21 +15,24 @@ import sys
 import traceback
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from .agent import NodeAgent
 from .codec import decode, encode
 from .detector import HeartbeatPolicy, State
 from .errors import NodeLost
 from .heartbeat import Heartbeats
+from .inspector import Inspector
+from .liveness import Pulse
 from .node import Node
+from .prctl import PR_SET_NAME, PR_SET_PDEATHSIG, prctl
+from .stacks import enable_dump
 from .zmq_transport import ZmqTransport
 
-_PR_SET_PDEATHSIG = 1
 
-
-async def serve(spec: dict[str, Any]) -> None:
-    """Runs a node until the root tells it to shut down."""
+async def serve(spec: dict[str, Any], beats: int) -> None:
+    """Runs a node until the root tells it to shut down. `beats`: file of the liveness words."""
+    pulse = Pulse(beats, spec["word"])
     node = Node(spec["key"], spec["address"], transport=partial(ZmqTransport, keys=spec["keys"]))
     agent = NodeAgent()
     await agent.host(node, agent, f"$node@{spec['name']}", spec["incarnation"]).up
@@ -38,12 +40,15 @@ async def serve(spec: dict[str, Any]) -> None:
     for status in spec["statuses"]:
         node.directory.update(status)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, agent.end, None)
+    inspector = Inspector(node, spec["inspector"])
     node.cast("$root", "hello", (spec["key"], os.getpid(), node.transport.address), {})
     node.transport.on_fenced = lambda peer: agent.end(NodeLost(f"{peer} counts this node as dead; it ends itself"))
     heartbeats = None if spec["heartbeats"] is None else watch_root(node, agent, spec["root_key"], spec["heartbeats"])
     await agent.done
     if heartbeats is not None:
         heartbeats.close()
+    inspector.close()
+    pulse.stop()
     await node.close()
 
 
@@ -61,25 +66,35 @@ def watch_root(node: Node, agent: NodeAgent, root: str, policy: HeartbeatPolicy)
 
 def die_with(parent: int) -> None:
     """Has the kernel kill this process when its launcher ends, however that happens."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
-def main() -> None:
-    spec = decode(sys.stdin.buffer.read())
+def run(beats: int, loop: asyncio.AbstractEventLoop | None = None) -> NoReturn:
+    """The whole life of the process. `beats`: file of the liveness words, inherited; `loop`: a fresh one, if there is."""
+    with open(0, "rb", closefd=False) as stdin:
+        spec = decode(stdin.read())
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     die_with(spec["parent"])
+    prctl(PR_SET_NAME, spec["name"].encode())
     faulthandler.enable()
+    enable_dump()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # What was printed before a kill is kept.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if spec["env"] is not None:
+        _set_environment(spec["env"])
     sys.path[:0] = [p for p in spec["path"] if p not in sys.path]
-    import uvloop
+    if loop is None:
+        import uvloop
 
-    loop = uvloop.new_event_loop()
+        loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     code = 1
     try:
-        loop.run_until_complete(serve(spec))
+        loop.run_until_complete(serve(spec, beats))
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -91,8 +106,17 @@ def main() -> None:
         os._exit(code)
 
 
+def _set_environment(env: dict[str, str]) -> None:
+    """Changes no more than it must: in a forked process everything that is touched is copied."""
+    for key in os.environ.keys() - env.keys():
+        del os.environ[key]
+    for key, value in env.items():
+        if os.environ.get(key) != value:
+            os.environ[key] = value
+
+
 def pack_spec(**spec: Any) -> bytes:
-    """The spec that `main` reads."""
+    """The spec that `run` reads."""
     data, buffers = encode(spec)
     assert not buffers
     return data

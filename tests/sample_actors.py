@@ -2,10 +2,14 @@
 
 import asyncio
 import os
+import random
 import signal
+import sys
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +250,56 @@ class Fragile(Actor):
     @message
     async def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(kw_only=True)
+class Parent(Actor):
+    """Has children of its own."""
+
+    @message
+    async def bears(self) -> int:
+        """Starts a process that ends by itself only much later."""
+        child = await asyncio.create_subprocess_exec("sleep", "600")
+        return child.pid
+
+    @message
+    async def bears_and_dies(self) -> int:
+        await self.bears()
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+
+    @message
+    async def describe(self) -> dict[str, Any]:
+        """The process it lives in."""
+        return {
+            "pid": os.getpid(), "parent": os.getppid(), "group": os.getpgrp(), "session": os.getsid(0),
+            "stdin": sys.stdin.read(), "environment": dict(os.environ),
+            "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
+            "interrupts": signal.Handlers(signal.getsignal(signal.SIGINT)).name,  # type: ignore[arg-type]
+            "random": [random.random(), float(np.random.random())],
+        }  # fmt: skip
+
+
+def _spin(times: int) -> None:
+    deque(repeat(None, times), maxlen=0)
+
+
+@dataclass(kw_only=True)
+class Hog(Actor):
+    """Does what no actor should."""
+
+    @message
+    async def block(self, seconds: float) -> None:
+        """Keeps the loop."""
+        time.sleep(seconds)  # noqa: ASYNC251
+
+    @message
+    async def keep_the_gil(self, seconds: float) -> None:
+        """Keeps the interpreter, too: for about so long in C code that gives no other thread a turn."""
+        begun, trial = time.perf_counter(), 10**6
+        _spin(trial)
+        _spin(round(trial * seconds / (time.perf_counter() - begun)))
 
 
 @dataclass(kw_only=True)

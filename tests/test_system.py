@@ -5,9 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -477,46 +474,6 @@ async def test_a_system_that_can_not_open_leaves_nothing(tmp_path, monkeypatch):
         async with System():
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["file", deep.name] and not list(deep.iterdir())
-
-
-ROOT_PROGRAM = textwrap.dedent("""
-    import asyncio, sys
-    from headrace.runtime import System
-    from sample_actors import Echo, Fragile
-
-    async def main():
-        async with System() as system:
-            for i in range(3):
-                await system.spawn(Echo(), name=f"e{i}", node=f"n{i}")
-            await system.spawn(Fragile(), name="f", node="n3")
-            system.find("f").hang_loop.cast()
-            print(*[p for n, p in system.pids().items() if n != "root"], flush=True)
-            starting = asyncio.create_task(system.spawn(Echo(), name="late", node="late"))
-            while "late" not in system.pids():
-                await asyncio.sleep(0)
-            await asyncio.sleep(float(sys.argv[1]))
-            print(system.pids()["late"], flush=True)
-            await asyncio.sleep(60)
-
-    asyncio.run(main())
-""")
-
-
-@pytest.mark.parametrize("pause", [0.0, 0.1])
-def test_no_orphans_after_kill_9_of_the_root(tmp_path, pause):
-    """Also of a node that is just starting, and of one whose loop hangs."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([p for p in sys.path if p]), "TMPDIR": str(tmp_path)}
-    root = subprocess.Popen(
-        [sys.executable, "-c", ROOT_PROGRAM, str(pause)], env=env, stdout=subprocess.PIPE, text=True
-    )
-    with root:
-        pids = [int(pid) for _ in range(2) for pid in root.stdout.readline().split()]
-        assert len(pids) == 5 and all(map(alive, pids))
-        root.kill()
-    end = time.monotonic() + 20
-    while any(map(alive, pids)) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not any(map(alive, pids))
 
 
 async def test_a_frame_from_a_dead_incarnation_is_refused(system):
