@@ -175,7 +175,7 @@ def actors_of(node: Node) -> list[dict[str, Any]]:
         {
             "name": name, "class": type(cell.actor).__name__, "incarnation": cell.incarnation,
             "waiting": len(cell.turns) + len(cell.overlapping),
-            "running": [delivery.door.method for _, delivery in list(cell._running.values())],
+            "running": [delivery.door.method for delivery in cell.at_work()],
         }
         for name, cell in list(node.cells.items())
     ]  # fmt: skip
