@@ -5,8 +5,8 @@
                                                                         quiet for hang_s    -> hung
 
 It sees what no message shows: a loop that is blocked, a thread that never lets go of the interpreter, a process that
-was stopped. The reader counts only time in which it ran itself, so that a machine that slept accuses nobody. A suspicion is
-no verdict: on a loaded machine a loop may well be late. Knows nothing of actors, and kills nothing.
+was stopped. The reader counts only time in which it ran itself, so that a machine that slept accuses nobody. A
+suspicion is no verdict: on a loaded machine a loop may well be late. Knows nothing of actors, and kills nothing.
 """
 
 from __future__ import annotations
