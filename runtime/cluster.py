@@ -53,8 +53,8 @@ class NodeSettings:
     env: dict[str, str] = field(default_factory=dict)
     """Further environment variables; they win over `threads`."""
     start: Literal["auto", "warm", "cold"] = "auto"
-    """warm: forked from a process that has the imports, in milliseconds; cold, which auto is here: a new interpreter, that
-    reads `threads` and `env` as it starts."""
+    """warm: forked from a process that has the imports, in milliseconds; cold, which auto is here: a new interpreter,
+    that reads `threads` and `env` as it starts."""
     hang_s: Annotated[float, Ge(0)] = 30.0
     """Seconds for which its loop may be blocked; then it is killed and counts as hung. 0: for ever."""
 

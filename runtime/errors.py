@@ -113,7 +113,7 @@ class NodeLost(RuntimeFault):
 
 
 class InspectError(RuntimeFault):
-    """A process could not be looked into: it has ended, is stopped, or does not know the question. The text says which."""
+    """A process could not be looked into: it ended, is stopped, or does not know the question: the text says which."""
 
 
 class ZygoteGone(LaunchError):

@@ -85,7 +85,8 @@ def oom_counters() -> list[Path]:
         groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
         groups = []
-    mounts = {"": (Path("/sys/fs/cgroup"), "memory.events"), "memory": (Path("/sys/fs/cgroup/memory"), "memory.oom_control")}
+    root = Path("/sys/fs/cgroup")
+    mounts = {"": (root, "memory.events"), "memory": (root / "memory", "memory.oom_control")}
     for _, controllers, path in groups:
         for controller, (mount, name) in mounts.items():
             if controller in controllers.split(","):

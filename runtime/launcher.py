@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -160,8 +161,8 @@ class Launcher:
             os.close(source)
             raise LaunchError(f"node {spec.name}: can't write its log {log}: {error.strerror}") from None
         try:
-            with open(source, "wb", closefd=False) as file:
-                file.write(stdin)
+            while stdin:
+                stdin = stdin[os.write(source, stdin) :]
             os.lseek(source, 0, os.SEEK_SET)
             process = await self._fork(log, source, output) if spec.warm else None
             if process is None:
@@ -189,7 +190,7 @@ class Launcher:
             except ZygoteGone:
                 continue
             with suppress(ProcessLookupError):  # It was killed, and somebody else took its exit code.
-                return NodeProcess(pid, log, lambda: _wait(pid), self.oom_kills)
+                return NodeProcess(pid, log, partial(_wait, pid), self.oom_kills)
         return None
 
     def _exec(self, spec: NodeSpec, log: Path, source: int, output: int) -> NodeProcess:

@@ -1,12 +1,12 @@
 """The liveness word: every loop writes a beat into shared memory, and a thread of the root reads them all.
 
-    node's loop --every BEAT_S--> word  <--every POLL_S-- root's thread: quiet for SUSPECT_S -> suspect, stacks are taken
-                                                                         beats again         -> recovered
-                                                                         quiet for hang_s    -> hung
+    node's loop --every BEAT_S--> word <--every POLL_S-- root's thread: quiet for SUSPECT_S -> suspect, with stacks
+                                                                        beats again         -> recovered
+                                                                        quiet for hang_s    -> hung
 
-It sees what no message shows: a loop that is blocked, a thread that never lets go of the interpreter, a process that was
-stopped. The reader counts only time in which it ran itself, so that a machine that slept accuses nobody. A suspicion is
-no verdict: on a loaded machine a loop may well be late. Knows nothing of actors, and kills nothing.
+It sees what no message shows: a loop that is blocked, a thread that never lets go of the interpreter, a process that
+was stopped. The reader counts only time in which it ran itself, so that a machine that slept accuses nobody. A
+suspicion is no verdict: on a loaded machine a loop may well be late. Knows nothing of actors, and kills nothing.
 """
 
 from __future__ import annotations

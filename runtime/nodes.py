@@ -85,8 +85,8 @@ class Nodes:
         self._start_task = start_task
         self._remote = remote
         self._closed = False
-        self._told: dict[str, str] = {}
-        """State of each actor as all nodes know it."""
+        self._told: dict[str, tuple[str, ...]] = {}
+        """State of each actor as all nodes know it, and its node if they can reach that."""
         self._nodes = {ROOT: HostedNode(NodeSpec(name=ROOT), 1, root.key, root.transport.address, ready=True)}
         self._inspector = Inspector(root, self.inspector_of(ROOT))
         self._vigil = Vigil(root, events)
@@ -137,12 +137,14 @@ class Nodes:
                 hosted.hello.set_result(None)
 
     def publish(self, *statuses: Status) -> None:
-        """Tells all nodes, the root first. That an actor is starting is told once: callers wait, whatever is new."""
+        """Tells all nodes, the root first. That an actor is starting somewhere is told once: whatever else is new,
+        callers wait, and its node can be answered."""
         news = []
         for status in statuses:
-            if status.state != "starting" or self._told.get(status.name) != "starting":
+            told = status.state, *self._addresses([status])
+            if status.state != "starting" or self._told.get(status.name) != told:
                 news.append(status)
-            self._told[status.name] = status.state
+            self._told[status.name] = told
             self._root.directory.update(status)
         self._broadcast(news, {})
 
@@ -184,7 +186,11 @@ class Nodes:
             process.kill()
             raise
         ends: list[asyncio.Future[Any]] = [hello, process.exited]
-        done, _ = await asyncio.wait(ends, timeout=HELLO_S, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            done, _ = await asyncio.wait(ends, timeout=HELLO_S, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            process.kill()
+            raise
         if hello not in done:
             end = process.exited.result() if done else None
             process.kill()
@@ -201,7 +207,7 @@ class Nodes:
             raise LaunchError(f"node {name} was not started: the system is stopping")
 
     def _welcome(self, hosted: HostedNode) -> None:
-        """Makes a new node known to the root, and the actors to it. Its socket is bound only now that it has said hello.
+        """Makes a new node known to the root, and the actors to it. Only now that it said hello its socket is bound.
 
         The other nodes get its address with the first actor that lives there.
         """
@@ -231,7 +237,7 @@ class Nodes:
         self._root.directory.update(agent_status(hosted.key, "down"))
         statuses = self._on_death(hosted, end)
         for status in statuses:
-            self._told[status.name] = status.state
+            self._told[status.name] = (status.state,)
             self._root.directory.update(status)
         self._broadcast(statuses, {hosted.key: reason})
 

@@ -29,7 +29,6 @@ from .prctl import PR_SET_NAME, PR_SET_PDEATHSIG, prctl
 from .stacks import enable_dump
 from .zmq_transport import ZmqTransport
 
-
 async def serve(spec: dict[str, Any], beats: int) -> None:
     """Runs a node until the root tells it to shut down. `beats`: file of the liveness words."""
     pulse = Pulse(beats, spec["word"])
@@ -72,7 +71,7 @@ def die_with(parent: int) -> None:
 
 
 def run(beats: int, loop: asyncio.AbstractEventLoop | None = None) -> NoReturn:
-    """The whole life of the process. `beats`: file of the liveness words, inherited; `loop`: a fresh one, if there is."""
+    """The whole life of the process. `beats`: inherited file of the liveness words; `loop`: a fresh one, if any."""
     with open(0, "rb", closefd=False) as stdin:
         spec = decode(stdin.read())
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -76,8 +76,8 @@ class Vigil:
     def _look(self, key: str, process: NodeProcess | None) -> str | None:
         """In the thread: the stacks of a node whose loop is late; None if it may be loading a class."""
         agent = f"$node@{key.partition('#')[0]}"
-        spawning = steady(lambda: [r for r in self._root.waits.rows() if r["target"] == agent and r["method"] == "spawn"])
-        if spawning:
+        asked = steady(lambda: [(row["target"], row["method"]) for row in self._root.waits.rows()])
+        if (agent, "spawn") in asked:
             return None
         return own_stacks() if process is None else dump(process.pid, process.log)
 

@@ -4,10 +4,10 @@
     root <---pid of the spare--- zygote <---"fork", files--- root          (PR_SET_CHILD_SUBREAPER)
                                  zygote --------"go", files-------> spare: process.run
 
-One spare waits ready for the next order. The zygote has one thread, no loop and no ZeroMQ context: those don't survive a
-fork. Its end does no harm to the nodes; the root starts another at the next need. It is also the guard: when the root is
-gone (its end of the socket closes) it kills the process groups of all nodes, also those started elsewhere, and removes
-the folder of their sockets. Knows nothing of actors and messages.
+One spare waits ready for the next order. The zygote has one thread, no loop and no ZeroMQ context: those don't survive
+a fork. Its end does no harm to the nodes; the root starts another at the next need. It is also the guard: when the root
+is gone (its end of the socket closes) it kills the process groups of all nodes, also those started elsewhere, and
+removes the folder of their sockets. Knows nothing of actors and messages.
 """
 
 from __future__ import annotations
@@ -332,7 +332,7 @@ def _be_spare(line: socket.socket, files: list[int]) -> NoReturn:
         from .process import run
 
         run(beats, loop)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (the edge of a process: it goes to the log)
         traceback.print_exc()
     finally:
         os._exit(1)

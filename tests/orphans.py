@@ -50,7 +50,8 @@ class Trial:
         self.folder = folder
         self.mark = f"{MARK}={uuid.uuid4()}"
         path = [str(Path(__file__).parent), *(p for p in sys.path if p)]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TMPDIR": str(folder), MARK: self.mark.partition("=")[2]}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TMPDIR": str(folder)}
+        env[MARK] = self.mark.partition("=")[2]
         self.root = subprocess.Popen([sys.executable, "-c", ROOT_PROGRAM], env=env, stdout=subprocess.PIPE, text=True)
         assert self.root.stdout is not None
         assert self.root.stdout.readline() == "ready\n"
@@ -93,7 +94,8 @@ def main(trials: int) -> None:
             left += trial.living()
             gone = trial.gone_after(10)
             times.append(10.0 if gone is None else gone)
-    print(f"{trials} trials: {len(left)} processes left after 100 ms {left[:5]}; all gone within {max(times) + 0.1:.3f} s")
+    last = max(times) + 0.1
+    sys.stdout.write(f"{trials} trials: {len(left)} left after 100 ms {left[:5]}; all gone within {last:.3f} s\n")
 
 
 if __name__ == "__main__":

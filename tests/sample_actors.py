@@ -389,6 +389,16 @@ class Relay(Actor):
 
 
 @dataclass(kw_only=True)
+class Early(Relay):
+    """Asks before it is up."""
+
+    async def start(self) -> None:
+        await super().start()
+        async with timeout(10):
+            await self.find(self.target).echo(1)
+
+
+@dataclass(kw_only=True)
 class Small(Echo):
     """Has room for few messages."""
 

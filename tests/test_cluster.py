@@ -147,7 +147,10 @@ def test_what_was_resolved_loads_to_the_same() -> None:
         ("[paint]", "[x]", "c.toml:11: [x]: unknown table; known are run, nodes, groups, actors, paint"),
         # keys
         ("seed", "sed", 'c.toml:4: [run] sed: unknown key; did you mean "seed"?'),
-        ("threads", "cores", "c.toml:7: [nodes.wall] cores: unknown key; known are launcher, threads, env, start, hang_s"),
+        (
+            "threads", "cores",
+            "c.toml:7: [nodes.wall] cores: unknown key; known are launcher, threads, env, start, hang_s",
+        ),
         ("speed", "sped", 'c.toml:19: [actors.ann] sped: unknown key; did you mean "speed"?'),
         ("restart =", "restat =", 'c.toml:17: [actors.ann] restat: unknown key; did you mean "restart"?'),
         ("brush.width", "brush.widht", 'c.toml:21: [actors.ann.brush] widht: unknown key; did you mean "width"?'),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from orphans import Trial
-from sample_actors import Echo, Fragile, Hog, Parent, Relay, until
+from sample_actors import Early, Echo, Fragile, Hog, Parent, Relay, until
 
 from headrace.runtime import NodeSpec, RestartPolicy, System
 from headrace.runtime import launcher as launcher_module
@@ -59,8 +59,7 @@ async def system(tmp_path):
     async with System(tmp_path / "run", nodes=nodes) as system:
         yield system
         scratch = system._scratch
-    children = [task / "children" for task in Path("/proc/self/task").iterdir()]
-    assert not any(file.read_text() for file in children), "processes are left, or their exit codes"
+    assert not children(), "processes are left, or their exit codes"
     assert not scratch.exists()
     assert not complaints, complaints
 
@@ -81,8 +80,8 @@ async def test_a_warm_node_is_a_child_of_the_root_with_nothing_of_the_zygote(sys
         assert seen["blocked"] == [] and seen["interrupts"] == "SIG_IGN"
         assert seen["environment"]["HEADRACE_LATE"]
         sockets = os.readlink(f"/proc/{zygote}/fd/0")
-        assert sockets not in [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
-        assert Path(f"/proc/{pid}/comm").read_text().strip() == node
+        assert sockets not in [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        assert name_of(pid) == node
     assert selves[2]["environment"]["HEADRACE_TEST"] == "yes" and "HEADRACE_TEST" not in selves[0]["environment"]
     assert len({tuple(seen["random"]) for seen in selves}) == 3, "each has random numbers of its own"
     assert len({n for seen in selves for n in seen["random"]}) == 6
@@ -127,8 +126,12 @@ async def test_a_zygote_that_answers_no_more_is_done_without(system, monkeypatch
 
 def strays(system):
     """Children of this process that are neither nodes of the system, nor its zygote, nor the one node to come."""
-    children = {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
-    return {pid for pid in children - {*system.pids().values(), zygote_of(system)} if name_of(pid) != "spare"}
+    return {pid for pid in children() - {*system.pids().values(), zygote_of(system)} if name_of(pid) != "spare"}
+
+
+def children():
+    files = [task / "children" for task in Path("/proc/self/task").iterdir()]
+    return {int(pid) for file in files for pid in file.read_text().split()}
 
 
 def name_of(pid):
@@ -143,6 +146,17 @@ async def test_many_nodes_start_at_a_time(system):
     assert len({await ref.pid() for ref in refs}) == 8
     relay = await system.spawn(Relay(target="e7"), name="relay", node="n0")
     assert await relay.ask("echo", 5) == 5
+
+
+async def test_an_actor_may_ask_others_before_it_is_up(system):
+    """They must be able to answer a node of which nobody has heard yet."""
+    await system.spawn(Echo(), name="echo", node="n0")
+    actors = {f"early{i}": f"n{1 + i // 2}" for i in range(4)}
+    spawns = [system.spawn(Early(target="echo"), name=name, node=node, policy=QUICK) for name, node in actors.items()]
+    await asyncio.gather(*spawns)
+    os.kill(system.pids()["n1"], signal.SIGKILL)
+    await until(lambda: system.restarts["early0"] == system.restarts["early1"] == 1)
+    assert await system.find("early0").ask("echo", 2) == 2
 
 
 async def test_a_start_that_is_given_up_leaves_no_process(system):
@@ -325,7 +339,7 @@ async def test_loading_a_class_is_no_hang(system, tmp_path, monkeypatch):
 
 
 async def test_the_root_is_watched_too(system):
-    time.sleep(0.8)
+    time.sleep(0.8)  # noqa: ASYNC251
     await until(lambda: events(system, "node_recovered", node="root"))
     assert "test_the_root_is_watched_too" in events(system, "node_suspect", node="root")[0]["stacks"]
 
@@ -362,6 +376,7 @@ async def test_the_inspector_answers_while_the_loop_is_blocked(system, node):
     echo = await system.spawn(Echo(), name="echo", node="n2")
     await system.spawn(Relay(target="echo"), name="relay", node=node)
     holding = asyncio.create_task(echo.hold())
+    await until(echo.noted)
     asking = asyncio.create_task(system.find("relay").ask("echo", 1))
     hog = await system.spawn(Hog(), name="hog", node=node)
     path = system._nodes.inspector_of(node)
@@ -371,7 +386,8 @@ async def test_the_inspector_answers_while_the_loop_is_blocked(system, node):
 
     await until(running)
     answers = {}
-    looking = asyncio.gather(*(in_thread(answers, path, what) for what in ("ping", "stacks", "waits", "actors", "tasks")))
+    questions = ("ping", "stacks", "waits", "actors", "tasks")
+    looking = asyncio.gather(*(in_thread(answers, path, what) for what in questions))
     await hog.block(1.0)
     await looking
     assert answers["ping"]["pid"] == system.pids()[node] and answers["ping"]["key"].startswith(node)
@@ -402,7 +418,7 @@ async def test_the_inspector_refuses_what_it_does_not_know_and_lives_on(system):
     assert os.stat(os.path.dirname(path)).st_mode & 0o777 == 0o700
     os.kill(system.pids()["n1"], signal.SIGSTOP)
     await until(lambda: state_of(system.pids()["n1"]) == "T")
-    with pytest.raises(InspectError, match="no answer to 'ping' within 0.2 s"):
+    with pytest.raises(InspectError, match=r"no answer to 'ping' within 0\.2 s"):
         await ask(path, "ping", 0.2)
     os.kill(system.pids()["n1"], signal.SIGKILL)
     await until(lambda: events(system, "node_exit"))
@@ -429,7 +445,7 @@ async def test_the_inspector_listens_below_any_path(tmp_path):
     folder.mkdir()
     inspector = Inspector(node, f"{folder}/z")
     assert (await ask(f"{folder}/z", "ping"))["key"] == "x#1"
-    with pytest.raises(LaunchError, match="can't listen at .*z: Address already in use"):
+    with pytest.raises(LaunchError, match=r"can't listen at .*z: Address already in use"):
         Inspector(node, f"{folder}/z")
     inspector.close()
     await node.close()
