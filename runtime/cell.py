@@ -207,6 +207,7 @@ class Cell:
                 del self._running[delivery.key]
             if delivery.withdrawn and task.uncancel():
                 raise asyncio.CancelledError  # The cell was stopped in the same turn of the loop.
+            del delivery  # Its arrays are held no longer than its turn.
             if time.perf_counter() - began > SLICE_S:
                 await asyncio.sleep(0)
                 began = time.perf_counter()

@@ -84,3 +84,7 @@ class BadWeights(RuntimeFault):
 
 class ExchangeFull(RuntimeFault):
     """There is not enough memory to publish weights. The version before stays published."""
+
+
+class LenderDied(CodecError, ActorDied):
+    """An array came as a handle to memory of a node that ended before it was read. Ask again."""

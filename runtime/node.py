@@ -11,16 +11,20 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+
+from .arena import ARENA_BYTES
 from .cell import Cell, Delivery
-from .codec import Buffer, decode, encode
+from .codec import Buffer
 from .directory import Directory, Status
 from .errors import ActorDied, CodecError, MailboxFull, RuntimeFault
 from .events import EventLog
 from .frame import Envelope
+from .lending import Lending
 from .mailbox import CreditWindow, Lane
 from .protocol import REQUESTS, STREAM_WINDOW, Kind, pack_error
 from .ref import Ref
@@ -37,13 +41,17 @@ _LANES = {int(lane): lane for lane in Lane}
 class Node:
     """The messages of one process. `key` is `name#incarnation`, never used again after its death."""
 
-    def __init__(self, key: str, address: str, events: EventLog | None = None) -> None:
+    def __init__(
+        self, key: str, address: str, events: EventLog | None = None, *, arena_bytes: int = ARENA_BYTES
+    ) -> None:
+        """`arena_bytes`: limit of the memory that this node lends to others on its host; 0: it lends none."""
         self.key = key
         self.directory = Directory()
         self.cells: dict[str, Cell] = {}
         self.dead_letters: deque[dict[str, Any]] = deque(maxlen=MAX_DEAD_LETTERS)
         self.counters: Counter[str] = Counter()
-        """dead_letters, malformed, fenced, stale_answers, late_answers, undeliverable_answers, lost_events."""
+        """dead_letters, malformed, fenced, stale_answers, late_answers, undeliverable_answers, lost (casts that
+        could not be sent in the end), lost_events."""
         self.waits = Waits(lambda name: self.directory.get(name).state)
         self._events = events
         self._credits: dict[tuple[str, str], CreditWindow] = {}
@@ -52,6 +60,7 @@ class Node:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self.transport = Transport(key, address, self._receive, self._malformed)
+        self.lending = Lending(key, arena_bytes, self.transport, self._unsent)
 
     # Sending ------------------------------------------------------------------------------------------------
 
@@ -135,6 +144,7 @@ class Node:
         """Fences a dead node: its messages are refused from now on, and everybody who waits for it is told."""
         self._fenced.add(key)
         self.transport.disconnect(key)
+        self.lending.peer_down(key)
         self.waits.fail(f"its node {key} died: {reason}; it may have run, so ask again only if that is safe", node=key)
         for slot in [slot for slot in self._credits if slot[0] == key]:
             self._credits.pop(slot).close()
@@ -152,7 +162,12 @@ class Node:
         else:
             self.cast("$root", "emit", (event, fields), {})
 
+    def empty(self, shape: int | Sequence[int], dtype: Any) -> np.ndarray:
+        """See Actor.empty."""
+        return self.lending.empty(shape, dtype)
+
     async def close(self) -> None:
+        await self.lending.close()
         await self.transport.close()
         self.waits.fail("this node is closing")
 
@@ -213,9 +228,8 @@ class Node:
             return
         left = None if deadline is None else max(0, round((deadline - self._loop.time()) * 1000))
         try:
-            pack, buffers = encode([list(args), kwargs])
-            envelope = [kind, id, status.name, method, lane, status.incarnation, left, pack]
-            if not self.transport.send(status.node, envelope, buffers):
+            head = [kind, id, status.name, method, lane, status.incarnation, left]
+            if not self.lending.send(status.node, head, [list(args), kwargs]):
                 raise ActorDied(f"{status.name}: its node {status.node} is not connected; ask again")
         except RuntimeFault:
             if window is not None:
@@ -226,9 +240,22 @@ class Node:
         if node == self.key:
             self._control(kind, self.key, id, target, value)
             return
-        pack, buffers = encode(value)
-        if not self.transport.send(node, [kind, id, target, "", Lane.SYSTEM, 0, None, pack], buffers):
+        if not self.lending.send(node, [kind, id, target, "", Lane.SYSTEM, 0, None], value):
             self.counters["undeliverable_answers"] += 1
+
+    def _unsent(self, peer: str, envelope: Envelope, error: RuntimeFault) -> None:
+        """What was taken could not be sent in the end."""
+        kind, id, target, _, lane, *_ = envelope
+        if kind not in REQUESTS:
+            self.counters["undeliverable_answers"] += 1
+            return
+        window = self._credits.get((peer, target))
+        if window is not None and lane >= Lane.NORMAL:
+            window.give(1)
+        if kind is Kind.CAST:
+            self.counters["lost"] += 1
+        else:
+            self._resolve(peer, Kind.ERROR, id, pack_error(error))
 
     def _withdraw(self, pending: Pending) -> None:
         if pending.node:
@@ -271,7 +298,7 @@ class Node:
             self._malformed(sender, f"no kind {code} or no lane {lane_code}")
             return
         try:
-            value = decode(pack, buffers)
+            value = self.lending.read(sender, pack, buffers)
             _check(kind, value)
         except CodecError as error:
             self._refuse(sender, kind, id, target, lane, error)

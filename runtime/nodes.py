@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .agent import agent_status
+from .arena import ARENA_BYTES
 from .directory import Status
 from .errors import LaunchError, RuntimeFault
 from .events import EventLog
@@ -70,6 +71,7 @@ class Nodes:
         logs: Path,
         on_death: Callable[[HostedNode, str], list[Status]],
         start_task: Callable[[Coroutine[Any, Any, None]], object],
+        arena_bytes: int = ARENA_BYTES,
     ) -> None:
         self._root = root
         self._root_statuses = root_statuses
@@ -79,6 +81,7 @@ class Nodes:
         self._logs = logs
         self._on_death = on_death
         self._start_task = start_task
+        self._arena_bytes = arena_bytes
         self._closed = False
         self._nodes = {ROOT: HostedNode(NodeSpec(name=ROOT), 1, root.key, root.transport.address, ready=True)}
 
@@ -131,6 +134,7 @@ class Nodes:
             key=key, name=name, incarnation=incarnation, address=address, parent=os.getpid(),
             root_key=self._root.key, root_address=self._root.transport.address,
             statuses=[*self._root_statuses, agent_status(key)], path=[p for p in sys.path if p],
+            arena_bytes=self._arena_bytes,
         )  # fmt: skip
         hosted.process = process = start_process(hosted.spec, spec, self._logs / f"{name}.log")
         self._events.write("node_start", node=name, pid=process.pid, incarnation=incarnation)

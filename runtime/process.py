@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 
 async def serve(spec: dict[str, Any]) -> None:
     """Runs a node until the root tells it to shut down."""
-    node = Node(spec["key"], spec["address"])
+    node = Node(spec["key"], spec["address"], arena_bytes=spec["arena_bytes"])
     agent = NodeAgent()
     await agent.host(node, agent, f"$node@{spec['name']}", spec["incarnation"]).up
     node.transport.connect(spec["root_key"], spec["root_address"])

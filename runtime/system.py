@@ -31,6 +31,7 @@ from typing import Any, Self
 
 from .actor import Actor, message
 from .agent import NodeAgent, agent_status, interface_of
+from .arena import ARENA_BYTES
 from .classes import class_path
 from .codec import dumps
 from .deadline import timeout
@@ -87,10 +88,16 @@ class System:
     """A running system. Use as an async context manager; leaving it stops everything."""
 
     def __init__(
-        self, run_dir: Path | None = None, *, nodes: Mapping[str, NodeSpec] | None = None, seed: int = 0
+        self,
+        run_dir: Path | None = None,
+        *,
+        nodes: Mapping[str, NodeSpec] | None = None,
+        seed: int = 0,
+        arena_bytes: int = ARENA_BYTES,
     ) -> None:
         """`run_dir`: where events.jsonl and logs/ go; None for a temporary one. `nodes`: specs of nodes that need
-        more than a name; others are made as actors ask for them."""
+        more than a name; others are made as actors ask for them. `arena_bytes`: what each node may lend to others on
+        its host, as shared memory for large arrays; it takes what it needs and keeps it, warm."""
         self._given_dir = run_dir
         self.run_dir: Path
         """Where events.jsonl and logs/ are."""
@@ -100,6 +107,7 @@ class System:
         """Restarts by actor."""
         self._specs = dict(nodes or {})
         self._seed = seed
+        self._arena_bytes = arena_bytes
         self._nodes: Nodes
         self._children: dict[str, _Child] = {}
         self._revivals: dict[str, asyncio.Task[None]] = {}
@@ -127,11 +135,12 @@ class System:
         return self
 
     async def _open_root(self) -> None:
-        self.node = Node(f"{ROOT}#1", f"ipc://{self._scratch}/{ROOT}-1", self.events)
+        self.node = Node(f"{ROOT}#1", f"ipc://{self._scratch}/{ROOT}-1", self.events, arena_bytes=self._arena_bytes)
         status = Status(name="$root", node=self.node.key, state="up", incarnation=1, **interface_of(_Root))
         self._nodes = Nodes(
             self.node, [status], self._specs, self.events, sockets=self._scratch, logs=self.run_dir / "logs",
             on_death=self._on_node_death, start_task=self._task,
+            arena_bytes=self._arena_bytes,
         )  # fmt: skip
         self._agent = NodeAgent()
         self._agent.done.add_done_callback(self._on_agent_done)

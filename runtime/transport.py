@@ -49,6 +49,8 @@ class Transport:
         """Binds `address`. Raises LaunchError."""
         self.identity = identity
         self.address = address
+        self.local: set[str] = set()
+        """Keys of the peers that are processes of this host."""
         self._on_envelope = on_envelope
         self._on_malformed = on_malformed
         self._peers: dict[str, _Peer] = {}
@@ -71,10 +73,13 @@ class Transport:
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         socket.connect(address)
         self._peers[peer] = _Peer(socket)
+        if address.startswith("ipc://"):
+            self.local.add(peer)
         self._loop.add_reader(socket.fileno(), self._flush, peer)
 
     def disconnect(self, peer: str) -> None:
         """Forgets a peer that is gone, with what was still queued for it."""
+        self.local.discard(peer)
         gone = self._peers.pop(peer, None)
         if gone is not None:
             self._loop.remove_reader(gone.socket.fileno())
@@ -105,6 +110,7 @@ class Transport:
             self._loop.remove_reader(link.socket.fileno())
             link.socket.close(linger=int(drain_s * 1000))
         self._peers.clear()
+        self.local.clear()
         self._router.close(linger=0)
         await self._loop.run_in_executor(None, self._context.term)
 
