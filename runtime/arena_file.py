@@ -93,9 +93,7 @@ class PeerFile:
         finally:
             os.close(fd)
         self.identity = _table(memory, 0)[0]
-        self.generation, self.offset, self.nbytes = (
-            _table(memory, table) for table in (_GENERATION, _OFFSET, _NBYTES)
-        )
+        self.generation, self.offset, self.nbytes = (_table(memory, table) for table in (_GENERATION, _OFFSET, _NBYTES))
         self.released = memoryview(words).cast("Q")
         self.data = np.frombuffer(memory, np.uint8, offset=HEADER_BYTES)
 

@@ -1,4 +1,4 @@
-"""Arrays that other nodes of this host lend: finds the bytes behind a handle, and gives them back when nobody here looks.
+"""Arrays that other nodes of this host lend: finds the bytes behind a handle, gives them back when nobody here looks.
 
     handle -> map the lender's file (once) -> lease valid? -> read-only view ... garbage-collected -> `released` word
 
@@ -41,6 +41,10 @@ class Borrowing:
     def forget(self, lender: str) -> None:
         """It is dead. What is still in use here stays."""
         self._lenders.pop(lender, None)
+
+    def close(self) -> None:
+        """Forgets all."""
+        self._lenders.clear()
 
 
 class _Lender:

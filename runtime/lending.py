@@ -128,12 +128,16 @@ class Lending:
         self.arena.reclaim(key)
         self._borrowing.forget(key)
 
-    async def close(self) -> None:
-        """Sends what still waits for its copies, and lends no more."""
+    async def drain(self) -> None:
+        """Sends what still waits for its copies."""
         if self._under_way:
             await asyncio.wait(self._under_way, timeout=CLOSE_S)
             await asyncio.sleep(0)  # Their callbacks send.
+
+    def close(self) -> None:
+        """Lends and borrows no more. Who holds something keeps it; what nobody has mapped yet is gone."""
         self.arena.close()
+        self._borrowing.close()
 
     def _send_later(self, cargo: _Cargo, envelope: Envelope, buffers: list[Buffer]) -> None:
         self._copying[cargo.peer] += 1

@@ -167,8 +167,9 @@ class Node:
         return self.lending.empty(shape, dtype)
 
     async def close(self) -> None:
-        await self.lending.close()
+        await self.lending.drain()
         await self.transport.close()
+        self.lending.close()
         self.waits.fail("this node is closing")
 
     # What cells need (cell.Answers) -------------------------------------------------------------------------
