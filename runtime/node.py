@@ -297,6 +297,7 @@ class Node:
         kind, lane = _KINDS.get(code), _LANES.get(lane_code)
         if kind is None or lane is None:
             self._malformed(sender, f"no kind {code} or no lane {lane_code}")
+            self.lending.refuse(sender, pack)
             return
         try:
             value = self.lending.read(sender, pack, buffers)
