@@ -649,6 +649,12 @@ async def test_late_answers_give_back_what_they_held(net, n):
     await all_back(net)
 
 
+async def test_a_message_of_no_known_kind_gives_back_what_it_held(net):
+    assert net["a"].lending.send("b#1", [99, 1, "echo", "echo", 2, 1, None], [pattern(LARGE)] * 2)
+    await until(lambda: net["b"].counters["malformed"] == 1)
+    await all_back(net)
+
+
 async def test_answers_to_a_peer_that_is_gone_give_back_what_they_held(net):
     a, b = net["a"], net["b"]
     for n in (LARGE, HUGE):
