@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
+
+import numpy as np
 
 from .deadline import unlimited
 from .mailbox import MAILBOX_BYTES, Lane
@@ -186,6 +188,16 @@ class Actor:
         """
         owner = self._tasks or asyncio.get_running_loop()
         return owner.create_task(work, name=f"{self._name}:{name}", context=unlimited())
+
+    def empty(self, shape: int | Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+        """Like `numpy.empty`, in memory that other nodes of this host can map: sent whole, or a contiguous part of at
+        least 128 KiB, not a byte is copied, to however many nodes.
+
+        After sending, do not write: the receivers would see it. The memory is used again when this array is gone and
+        every receiver's is too. What is small, or finds no room in the arena (`System(arena_bytes=...)`), is ordinary
+        memory and is sent as any other array. From any thread.
+        """
+        return np.empty(shape, dtype) if self._node is None else self._node.empty(shape, dtype)
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs `function` on the actor's own thread (always the same one) and waits for its result.

@@ -286,6 +286,8 @@ class Cell:
             self._fail(delivery, RuntimeError(f"{door.method} awaited something that was cancelled"))
         except Exception as error:  # noqa: BLE001 (the edge of an actor: the caller gets it)
             self._fail(delivery, error)
+        finally:
+            del delivery.args, delivery.kwargs  # Whatever was begun meanwhile has the scope in its context, for long.
 
     async def _stream(self, delivery: Delivery, handler: Callable[..., Any]) -> None:
         delivery.window = CreditWindow(STREAM_WINDOW, STREAM_WINDOW_BYTES)

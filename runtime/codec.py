@@ -6,7 +6,7 @@ buffers beside it, never copied into it:
     value -> (pack, [buffer, ...]) -> value
 
 Between two processes of one host the largest arrays may go by shared memory instead: `lend` takes their bytes and gives
-a handle that is packed in their place, `borrow` finds the bytes of a handle again (arena.py).
+a handle that travels as a buffer in their place, `borrow` finds the bytes of a handle again (lending.py).
 
 Allowed: None, bool, int, float, str, bytes, list, tuple, dict, numpy arrays and scalars, and dataclasses marked
 `@wire`. Nothing else, and no pickle: bytes of a hostile peer can build plain values and marked dataclasses only.
@@ -32,14 +32,14 @@ from .errors import CodecError
 Buffer = bytes | bytearray | memoryview
 Lend = Callable[[memoryview], bytes | None]
 """Takes the bytes of an array; None: they shall travel as a buffer."""
-Borrow = Callable[[bytes], memoryview]
+Borrow = Callable[[Buffer], memoryview]
 """The bytes behind a handle. Raises CodecError."""
 
 OUT_OF_BAND_BYTES = 512
 """Arrays at least this large travel as their own buffer."""
 
-LEND_BYTES = 256 * 1024
-"""Arrays at least this large are offered to `lend`."""
+LEND_BYTES = 128 * 1024
+"""Arrays at least this large are offered to `lend`. From 64 KiB on it is faster; below 128 KiB by less than 5 %."""
 
 _WEIGHED = 32
 """Items of a list that `weigh` looks at."""
@@ -218,7 +218,7 @@ def _extension(depth: int, buffers: Sequence[Buffer], borrow: Borrow | None, cod
     if code == _SCALAR:
         return _unpack_scalar(payload)
     if code == _LENT and borrow is not None:
-        return _unpack_lent(payload, borrow)
+        return _unpack_array(payload, buffers, borrow)
     if code in (_TUPLE, _DATACLASS):
         hook = partial(_extension, depth + 1, buffers, borrow)
         inner = _unpackb(payload, ext_hook=hook, strict_map_key=False)
@@ -236,34 +236,25 @@ def _pack_array(array: np.ndarray, buffers: list[Buffer], lend: Lend | None) -> 
         raise CodecError(f"arrays of dtype {array.dtype} can't travel; allowed: {', '.join(sorted(_DTYPES))}")
     array = np.ascontiguousarray(array) if not array.flags.c_contiguous else array
     code: int = _ARRAY
-    data: bytes | int | None = None
+    data: bytes | int
     if array.nbytes < OUT_OF_BAND_BYTES:
         data = array.tobytes()
-    elif lend is not None and array.nbytes >= LEND_BYTES:
-        code, data = _LENT, lend(array.data.cast("B"))
-    if data is None:
-        buffers.append(array.data.cast("B"))
-        code, data = _ARRAY, len(buffers) - 1
+    else:
+        data, view = len(buffers), array.data.cast("B")
+        handle = lend(view) if lend is not None and array.nbytes >= LEND_BYTES else None
+        code = _ARRAY if handle is None else _LENT
+        buffers.append(handle or view)
     return msgpack.ExtType(code, msgpack.packb([dtype, list(array.shape), data], buf_size=_PACK_BYTES))
 
 
-def _unpack_array(payload: bytes, buffers: Sequence[Buffer]) -> np.ndarray:
+def _unpack_array(payload: bytes, buffers: Sequence[Buffer], borrow: Borrow | None = None) -> np.ndarray:
     dtype, shape, data = msgpack.unpackb(payload)
     if type(data) is int:
         if not 0 <= data < len(buffers):
             raise CodecError(f"buffer {data} of {len(buffers)} is missing")
         data = buffers[data]
-    return _array_of(dtype, shape, data)
-
-
-def _unpack_lent(payload: bytes, borrow: Borrow) -> np.ndarray:
-    dtype, shape, handle = msgpack.unpackb(payload)
-    if type(handle) is not bytes:
-        raise CodecError("a handle of lent memory is bytes")
-    return _array_of(dtype, shape, borrow(handle))
-
-
-def _array_of(dtype: str, shape: list[int], data: Buffer) -> np.ndarray:
+    if borrow is not None:
+        data = borrow(data)
     if dtype not in _DTYPES:
         raise CodecError(f"array dtype {dtype!r} is not allowed")
     if any(type(n) is not int or n < 0 for n in shape):

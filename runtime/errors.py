@@ -118,3 +118,7 @@ class InspectError(RuntimeFault):
 
 class ZygoteGone(LaunchError):
     """The process that forks nodes ended before it answered. The launcher tries another one, then starts without."""
+
+
+class LenderDied(CodecError, ActorDied):
+    """An array came as a handle to memory of a node that ended before it was read. Ask again."""

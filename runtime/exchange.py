@@ -4,18 +4,17 @@
                                                      |
     Manifest (a message) --> receiver: opens /proc/<pid>/fd/<fd>, maps, copies out, verifies
 
-A buffer is an anonymous file (memfd): the kernel frees it with its last holder, however that one dies, and its size
-does not depend on /dev/shm. The header holds the generation twice, written before and after the bytes; a reader whose
-manifest names another one is refused. Each bucket has a checksum, verified on the reader's own copy: what a reader is
-given is what was published, whole. Tensors travel as the bytes of little-endian numpy arrays; bfloat16 has no numpy
-dtype and travels as a uint16 view, which is the caller's business (and then so is the search for NaN in it).
+A buffer is an anonymous file (memfd.py): the kernel frees it with its last holder, however that one dies. The header
+holds the generation twice, written before and after the bytes; a reader whose manifest names another one is refused.
+Each bucket has a checksum, verified on the reader's own copy: what a reader is given is what was published, whole.
+Tensors travel as the bytes of little-endian numpy arrays; bfloat16 has no numpy dtype and travels as a uint16 view,
+which is the caller's business (and then so is the search for NaN in it).
 
 Knows nothing of models, and sends no message: manifests travel by whatever the caller has.
 """
 
 from __future__ import annotations
 
-import fcntl
 import math
 import mmap
 import os
@@ -26,15 +25,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import memfd
 from .codec import wire
 from .errors import BadWeights, CorruptWeights, ExchangeFull, StaleIncarnation
+from .memfd import available_bytes
 
 BUCKET_BYTES = 1 << 20
 """Bytes per checksum; small enough that a bucket is verified while it is still in the cache."""
 
 _DTYPES = frozenset("|b1 |u1 |i1 <u2 <i2 <u4 <i4 <u8 <i8 <f2 <f4 <f8".split())
 _HEADER_BYTES = 4096
-_PREFIX = "headrace-"
 _ALIGN = 64
 _INCARNATION, _BEGUN, _DONE = range(3)
 """Words of the header (uint64)."""
@@ -214,16 +214,15 @@ class _Buffer:
     def create(cls, name: str, nbytes: int) -> _Buffer:
         """Reserves the memory (every page, so that it can't run out while weights are written). Raises ExchangeFull."""
         size = -(-(_HEADER_BYTES + nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-        available = _available_bytes()
+        available = available_bytes()
         if size > available:
             raise _full(name, size, f"only {available >> 20} MiB of memory are available")
         try:
-            fd = os.memfd_create(f"{_PREFIX}{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            fd = memfd.create(name, size)
         except OSError as error:
             raise _full(name, size, error.strerror or error) from None
         try:
             os.posix_fallocate(fd, 0, size)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             return cls(fd, mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
         except OSError as error:
             os.close(fd)
@@ -232,11 +231,8 @@ class _Buffer:
     @classmethod
     def open(cls, manifest: Manifest) -> _Buffer:
         """Maps the publisher's buffer, read-only. Raises StaleIncarnation if it is not there any more."""
-        path = f"/proc/{manifest.pid}/fd/{manifest.fd}"
         try:
-            if not os.readlink(path).startswith(f"/memfd:{_PREFIX}{manifest.name}"):
-                raise _stale(manifest, "its process has ended")
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = memfd.open_peer(manifest.name, manifest.pid, manifest.fd, os.O_RDONLY)
         except (FileNotFoundError, ProcessLookupError):
             raise _stale(manifest, "its process has ended") from None
         try:
@@ -325,13 +321,6 @@ def _refuse_non_finite(values: np.ndarray, name: str, version: int) -> None:
             f"{name} of version {version} has {bad} values that are not finite (NaN, infinity) and was not published. "
             "Look at the loss of the last step, lower the learning rate, or go back to a checkpoint"
         )
-
-
-def _available_bytes() -> int:
-    """Memory that the machine can give without swapping."""
-    with open("/proc/meminfo") as file:
-        line = next(line for line in file if line.startswith("MemAvailable:"))
-    return int(line.split()[1]) << 10
 
 
 def _full(name: str, size: int, reason: object) -> ExchangeFull:

@@ -256,6 +256,11 @@ class CreditWindow:
         """Returns the credit of a message that was not sent after all."""
         self._restore(1, size)
 
+    def take_back(self, size: int = 0) -> None:
+        """A message that counts as gone out could not be sent."""
+        self.sent -= 1
+        self._restore(1, size)
+
     def resize(self, capacity: int, capacity_bytes: int) -> None:
         """Changes the bounds: another actor has taken the name."""
         more, more_bytes = capacity - self.capacity, capacity_bytes - self.capacity_bytes

@@ -9,7 +9,8 @@
 
     sender    sent          handed to an actor here, or to the transport
               gone          reported as taken from its mailbox by a node that has died since
-              lost          under way to a node that died: nobody knows
+              lost          under way to a node that died: nobody knows; or its arrays were being copied, and then it
+                           could not be sent
     receiver  handled       its handler began (interrupted: and its actor stopped before it ended)
               dead_letters  refused, or its actor stopped before its turn (expired: or its deadline passed)
               withdrawn     its caller cancelled it before its turn
@@ -26,20 +27,24 @@ import asyncio
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from math import inf
 from typing import Any
 
+import numpy as np
+
+from .arena import ARENA_BYTES
 from .cell import Cell
 from .codec import Buffer, decode, encode, skim, weigh
 from .directory import Directory
 from .doors import Delivery, Door, Doors
-from .errors import ActorDied, CodecError, MailboxFull, RuntimeFault
+from .errors import ActorDied, CodecError, LenderDied, MailboxFull, RuntimeFault
 from .events import EventLog
 from .frame import Envelope, size_of
+from .lending import Lending
 from .mailbox import CreditWindow, Lane
-from .protocol import BULK_BYTES, STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, check, pack_error, restamp
+from .protocol import BULK_BYTES, STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, check, pack_error, restamp, unpack_head
 from .ref import Ref
 from .routes import Route, Routes, blame, not_connected
 from .transport import TransportFactory
@@ -54,8 +59,15 @@ class Node:
     """The messages of one process. `key` is `name#incarnation`, never used again after its death."""
 
     def __init__(
-        self, key: str, address: str, events: EventLog | None = None, transport: TransportFactory = ZmqTransport
+        self,
+        key: str,
+        address: str,
+        events: EventLog | None = None,
+        transport: TransportFactory = ZmqTransport,
+        *,
+        arena_bytes: int = ARENA_BYTES,
     ) -> None:
+        """`arena_bytes`: limit of the memory that this node lends to others on its host; 0: it lends none."""
         self.key = key
         self.directory = Directory()
         self.cells: dict[str, Cell] = {}
@@ -70,6 +82,9 @@ class Node:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self.transport = transport(key, address, self._receive, self._malformed)
+        self.lending = Lending(key, arena_bytes, self.transport, self._unsent)
+        self._lend = self.lending.lend
+        self._local = self.transport.local
 
     # Sending ------------------------------------------------------------------------------------------------
 
@@ -144,6 +159,7 @@ class Node:
         """Fences a dead node: its messages are refused from now on, and everybody who waits for it is told."""
         self._fenced.add(key)
         self.transport.disconnect(key)
+        self.lending.peer_down(key)
         self.waits.fail(f"its node {key} died: {reason}; it may have run, so ask again only if that is safe", node=key)
         gone, lost = self.routes.close(key)
         self.counters["gone"] += gone
@@ -174,8 +190,14 @@ class Node:
         ]  # fmt: skip
         return self.waits.rows() + held
 
+    def empty(self, shape: int | Sequence[int], dtype: Any) -> np.ndarray:
+        """See Actor.empty."""
+        return self.lending.empty(shape, dtype)
+
     async def close(self) -> None:
+        await self.lending.drain()
         await self.transport.close()
+        self.lending.close()
         self.waits.close()
 
     # What cells need (cell.Answers) -------------------------------------------------------------------------
@@ -190,7 +212,12 @@ class Node:
             size = weigh(value) if kind == Kind.ITEM else 0
             self._resolve(origin, kind, delivery.id, delivery.items, value, size)
             return size
-        envelope, buffers = encode([kind, delivery.id, delivery.items, value])
+        try:
+            fields = [kind, delivery.id, delivery.items, value]
+            envelope, buffers = encode(fields, self._lend if origin in self._local else None)
+        except BaseException:
+            self.lending.undo()
+            raise
         size = len(envelope) if not buffers else size_of(envelope, buffers)
         self._reply(origin, envelope, buffers, bulk=size > BULK_BYTES)
         return size
@@ -287,23 +314,27 @@ class Node:
         assert window is not None
         head = [kind, route.lane, 0.0, pending.id, route.head]
         try:
-            envelope, buffers = encode([*head, [*args], kwargs])
-        except CodecError as error:
+            envelope, buffers = encode([*head, [*args], kwargs], self._lend if route.node in self._local else None)
+        except BaseException as error:  # noqa: BLE001 (it is raised again)
+            self.lending.undo()
             raise blame(error, route, args, kwargs) from None
         size = size_of(envelope, buffers)
         bulk = size > BULK_BYTES
-        if not await window.take(size):
-            return False
+        cargo = self.lending.take()
+        taken = sent = False
         try:
-            if self.routes.find(pending.target, pending.method) is not route:
-                window.give_back(size)
+            taken = await window.take(size)
+            if not taken or self.routes.find(pending.target, pending.method) is not route:
                 return False
             envelope = restamp(envelope, pending.deadline - self._loop.time())
-            if not self.transport.send(route.node, envelope, buffers, bulk=bulk):
+            sent = (cargo or self.transport).send(route.node, envelope, buffers, bulk=bulk)
+            if not sent:
                 raise not_connected(route)
-        except RuntimeFault:
-            window.give_back(size)
-            raise
+        finally:
+            if taken and not sent:
+                window.give_back(size)
+            if cargo is not None and not sent:
+                cargo.undo()
         window.charge()
         self.counters["sent"] += 1
         self.waits.asked(pending, route.node, bulk)
@@ -324,12 +355,14 @@ class Node:
         window = route.window
         try:
             left = limit - self._loop.time()
-            envelope, buffers = encode([kind, route.lane, left, id, route.head, [*args], kwargs])
+            lend = self._lend if route.node in self._local else None
+            envelope, buffers = encode([kind, route.lane, left, id, route.head, [*args], kwargs], lend)
             size = size_of(envelope, buffers)
             bulk = size > BULK_BYTES
-            if not self.transport.send(route.node, envelope, buffers, bulk=bulk):
+            if not (self.lending.cargo or self.transport).send(route.node, envelope, buffers, bulk=bulk):
                 raise not_connected(route)
-        except RuntimeFault as error:
+        except BaseException as error:  # noqa: BLE001 (it is raised again)
+            self.lending.undo()
             if window is not None:
                 window.give_back()
             raise blame(error, route, args, kwargs) from None
@@ -347,16 +380,31 @@ class Node:
     def _reply(self, node: str, envelope: Envelope, buffers: list[Buffer], *, bulk: bool) -> None:
         """Sends what nobody could be told of if it failed; whoever waits for it has a deadline."""
         try:
-            if not self.transport.send(node, envelope, buffers, bulk=bulk):
+            if not (self.lending.cargo or self.transport).send(node, envelope, buffers, bulk=bulk):
                 self.counters["undeliverable_answers"] += 1
         except MailboxFull:
             self.counters["undeliverable_answers"] += 1
+
+    def _unsent(self, peer: str, envelope: Envelope, size: int, error: RuntimeFault) -> None:
+        """A message that was taken can't be sent after all, now that its arrays are copied."""
+        fields = skim(envelope)
+        if fields[0] > Kind.STREAM:
+            self.counters["undeliverable_answers"] += 1
+            return
+        _, lane, _, id, head, *_ = fields
+        window = self.routes.window(peer, unpack_head(head)[0], lane)
+        if window is not None:  # Else it was counted as the node died.
+            window.take_back(size)
+            self.counters["lost"] += 1
+        if id in self.waits.table:
+            self._resolve(peer, Kind.ERROR, id, 0, pack_error(error), 0)
 
     def _withdraw(self, pending: Pending) -> None:
         """Its caller gives up: the callee is told, unless there is none, or its answer came in this very turn."""
         if pending.id in self.waits.table and pending.node:
             self.waits.withdraw(pending)
-            self._post(pending.node, [Kind.CANCEL, pending.target, pending.id], bulk=pending.bulk)
+            fields = [Kind.CANCEL, pending.target, pending.id]
+            self.lending.behind(pending.node, partial(self._post, pending.node, fields, bulk=pending.bulk))
             return
         self.waits.table.pop(pending.id, None)
         if pending.future.done() and not pending.future.cancelled():
@@ -380,7 +428,7 @@ class Node:
             self.transport.tell_fenced(sender)
             return
         try:
-            fields = decode(envelope, buffers)
+            fields = decode(envelope, buffers, partial(self.lending.borrow, sender)) if buffers else decode(envelope)
             kind = check(fields)
         except CodecError as error:
             self._refuse(sender, envelope, buffers, error)
@@ -418,7 +466,9 @@ class Node:
 
     def _refuse(self, sender: str, envelope: Envelope, buffers: list[Buffer], error: CodecError) -> None:
         """What can't be read fails the one who waits for it, there or here, if it can be told who that is."""
-        self._malformed(sender, str(error))
+        if not isinstance(error, LenderDied):
+            self._malformed(sender, str(error))
+        self.lending.refuse(sender, buffers)
         try:
             fields = skim(envelope)
             kind = check(fields)

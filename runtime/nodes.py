@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .agent import agent_status
+from .arena import ARENA_BYTES
 from .directory import Status
 from .errors import InspectError, LaunchError, RuntimeFault
 from .events import EventLog
@@ -75,6 +76,7 @@ class Nodes:
         on_death: Callable[[HostedNode, Exit], list[Status]],
         start_task: Callable[[Coroutine[Any, Any, None]], object],
         remote: RemoteNodes,
+        arena_bytes: int = ARENA_BYTES,
     ) -> None:
         self._root = root
         self._root_statuses = root_statuses
@@ -84,6 +86,7 @@ class Nodes:
         self._on_death = on_death
         self._start_task = start_task
         self._remote = remote
+        self._arena_bytes = arena_bytes
         self._closed = False
         self._told: dict[str, tuple[str, ...]] = {}
         """State of each actor as all nodes know it, and its node if they can reach that."""
@@ -172,6 +175,7 @@ class Nodes:
             key=key, name=name, incarnation=incarnation, parent=os.getpid(), word=word, env=env,
             root_key=self._root.key, inspector=self.inspector_of(name), **reach,
             statuses=[*self._root_statuses, agent_status(key)], path=[p for p in sys.path if p],
+            arena_bytes=self._arena_bytes,
         )  # fmt: skip
         try:
             hosted.process = process = await self._launcher.start(hosted.spec, spec)

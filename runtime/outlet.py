@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterator
+from contextvars import Context
 
 import zmq
 
@@ -50,7 +51,8 @@ class Outlet:
         self._beat_due = False
         self._scheduled = False
         self._emptied: asyncio.Event | None = None
-        self._loop.add_reader(dealer.fileno(), self.flush)
+        # In no context: the first sender's would hold what its actor works on, as long as the outlet is there.
+        Context().run(self._loop.add_reader, dealer.fileno(), self.flush)
 
     def put(self, envelope: Envelope, buffers: list[Buffer]) -> None:
         """Queues an envelope. Raises MailboxFull, CodecError."""

@@ -29,10 +29,12 @@ from .prctl import PR_SET_NAME, PR_SET_PDEATHSIG, prctl
 from .stacks import enable_dump
 from .zmq_transport import ZmqTransport
 
+
 async def serve(spec: dict[str, Any], beats: int) -> None:
     """Runs a node until the root tells it to shut down. `beats`: file of the liveness words."""
     pulse = Pulse(beats, spec["word"])
-    node = Node(spec["key"], spec["address"], transport=partial(ZmqTransport, keys=spec["keys"]))
+    transport = partial(ZmqTransport, keys=spec["keys"])
+    node = Node(spec["key"], spec["address"], transport=transport, arena_bytes=spec["arena_bytes"])
     agent = NodeAgent()
     await agent.host(node, agent, f"$node@{spec['name']}", spec["incarnation"]).up
     node.transport.connect(spec["root_key"], spec["root_address"])

@@ -12,7 +12,7 @@ from typing import Any
 
 from .codec import encode
 from .directory import Directory, Status
-from .errors import ActorDied, CodecError, RuntimeFault
+from .errors import ActorDied, CodecError
 from .mailbox import CreditWindow, Lane
 from .protocol import pack_head, unpack_head
 
@@ -93,7 +93,7 @@ def not_connected(route: Route) -> ActorDied:
     return ActorDied(f"{route.status.name}: its node {route.node} is not connected; ask again")
 
 
-def blame(error: RuntimeFault, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RuntimeFault:
+def blame(error: BaseException, route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BaseException:
     """The error of a message that was not sent; if it can't travel, it says which argument is to blame."""
     if not isinstance(error, CodecError):
         return error

@@ -29,6 +29,7 @@ from typing import Any, Self
 
 from .actor import Actor
 from .agent import NodeAgent, agent_status, interface_of
+from .arena import ARENA_BYTES
 from .children import Children, Member, first_line
 from .classes import class_path
 from .curve import Keys
@@ -61,6 +62,7 @@ class System:
         nodes: Mapping[str, NodeSpec] | None = None,
         seed: int = 0,
         max_state_bytes: int = 256 << 20,
+        arena_bytes: int = ARENA_BYTES,
         keys: Keys | None = None,
         listen: str = "127.0.0.1:0",
         heartbeats: HeartbeatPolicy | None = None,
@@ -68,10 +70,12 @@ class System:
         """`run_dir`: where events.jsonl and logs/ go; None for a temporary one. A path is claimed: entering raises
         DirectoryInUse if another system works there; a RunDirectory has been claimed already. `nodes`: specs of nodes
         that need more than a name; others are made as actors ask for them. `max_state_bytes`: for all snapshots of
-        actors together.
+        actors together. `arena_bytes`: what each node may lend to others on its host, as shared memory for large
+        arrays; it takes what it needs and keeps it, warm. 0: none.
 
         For nodes on tcp: `keys` of the system, None for new ones; `listen`, host and port where they reach the root;
         `heartbeats`, how both sides watch each other."""
+        self._arena_bytes = arena_bytes
         self._keys = keys
         self._listen = listen
         self._heartbeats = heartbeats
@@ -126,7 +130,7 @@ class System:
             self._claim = -1
 
     async def _open_root(self) -> None:
-        self.node = Node(f"{ROOT}#1", f"ipc://{self._scratch}/{ROOT}-1", self.events)
+        self.node = Node(f"{ROOT}#1", f"ipc://{self._scratch}/{ROOT}-1", self.events, arena_bytes=self._arena_bytes)
         status = Status(name="$root", node=self.node.key, state="up", incarnation=1, **interface_of(Root))
         self._remote = RemoteNodes(
             self.node, self.events, keys=self._keys, policy=self._heartbeats, listen=self._listen
@@ -134,6 +138,7 @@ class System:
         self._nodes = Nodes(
             self.node, [status], self._specs, self.events, sockets=self._scratch, logs=self.run_dir / "logs",
             on_death=self._on_node_death, start_task=self._task, remote=self._remote,
+            arena_bytes=self._arena_bytes,
         )  # fmt: skip
         self._hosting = Hosting(self.node, self._nodes, self._snapshots, self.events)
         self._children = Children(self._hosting, self._supervisor, self.events, self._task, self._fail)

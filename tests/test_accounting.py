@@ -179,6 +179,7 @@ async def test_large_messages_and_what_belongs_to_them_go_the_bulk_way(net, monk
     cell, _ = await net.host("b", Echo(), "echo")
     ways = []
     for name in "ab":
+        net[name].lending.arena.limit_bytes = 0
         send = net[name].transport.send
 
         def spy(peer, envelope, buffers, *, bulk=False, send=send, name=name):
