@@ -60,10 +60,11 @@ class Bookkeeper(Actor):
     """Opens the books of the run."""
 
     folder: str
-    messages: int
+    size: int
+    """Messages in the books."""
 
     async def start(self) -> None:
-        self.ledger = Ledger(Path(self.folder), self.messages)
+        self.ledger = Ledger(Path(self.folder), self.size)
         self.life = life_of(os.getpid(), next(_starts))
         self.make_durable()
 

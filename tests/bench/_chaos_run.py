@@ -88,7 +88,7 @@ class Disturber:
         return True
 
 
-def _signal(pid: int, number: signal.Signals) -> bool:
+def _signal(pid: int, number: int) -> bool:
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -105,7 +105,7 @@ async def run(folder: Path, messages: int, seed: int, say: Say) -> dict[str, flo
     senders = [f"sender{n}" for n in range(SENDERS)]
     nodes = [f"runners{n}" for n in range(RUNNER_NODES)]
     runners = {f"runner/{n}/{i}": nodes[n] for n in range(RUNNER_NODES) for i in range(RUNNERS_EACH)}
-    books = {"folder": str(folder), "messages": messages}
+    books = {"folder": str(folder), "size": messages}
     async with System() as system:
         for name, node in runners.items():
             await system.spawn(Runner(**books), name=name, node=node, policy=ENDLESS)  # type: ignore[arg-type]
@@ -124,6 +124,7 @@ async def run(folder: Path, messages: int, seed: int, say: Say) -> dict[str, flo
         hung = hung or not settled
         restarts = sum(system.restarts.values())
         pids = set(system.pids().values()) - {os.getpid()}
+    left = [pid for pid in pids if _signal(pid, 0)]
     seconds = time.perf_counter() - began
     sent, ran = ledger.read()
     ledger.close()
@@ -135,7 +136,7 @@ async def run(folder: Path, messages: int, seed: int, say: Say) -> dict[str, flo
         **figures(findings, counters),
         "hung": int(hung),
         "leaked_segments": len(_segments() - segments),
-        "leaked_processes": sum(os.path.exists(f"/proc/{pid}") for pid in pids),
+        "leaked_processes": len(left),
         "messages_per_s": messages / seconds,
         "restarts": restarts,
         **{f"faults_{kind}": disturber.done[kind] for kind in KINDS},

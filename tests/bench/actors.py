@@ -4,10 +4,10 @@ One run, on the cores that it is given; two are enough. Raw floors (_floor.py) a
 process, with the same pinning, and turn by turn with what they are compared with. A ratio is one of medians over the
 rounds. p50 and p90 have bars; p99 is reported only, for waking a core now and then takes milliseconds.
 
-same_core_, cross_core_  where asking and answering side run; see _messages.py. Each placement has its own bars, and each
-                         must be met: nothing is averaged over them.
-call, calls_100, casts   one call at a time; calls per second with 100 in flight; casts handled per second. The floor of the
-                         first is a raw round trip, that of the others raw coalesced messages (Z).
+same_core_, cross_core_  where asking and answering side run; see _messages.py. Each has its own bars, and each must be
+                         met: nothing is averaged over them.
+call, calls_100, casts   one call at a time; calls per second with 100 in flight; casts handled per second. The floor of
+                         the first is a raw round trip, that of the others raw coalesced messages (Z).
 100kb, 500kb             a call with an array of that size, beside the same array by raw ZeroMQ.
 copy_in_64mib            one memcpy of 64 MiB beside the whole call with that array: 1 would be a copy and nothing else.
 born_64mib               the whole call with an array that was made by `Actor.empty`.
@@ -15,13 +15,13 @@ control_beside_bulk      control calls between two nodes while such arrays are c
                          ones; control_beside_born: arrays that were made in shared memory. Not pinned.
 error, back              from SIGKILL of a node to the error at its caller; to the answer of its next incarnation.
 suspected                from a loop's standstill to the event, in heartbeats: the longest of all trials.
-spawn_in_process         actors put into a running node, which is what a node does when it is told to spawn, until `start`
-                         has returned; spawn_supervised: `System.spawn` one by one, with place in the tree and event.
-warm_nodes               `NodeSpec(start="warm")`, many at a time, each until its hello; answering: each with an actor
-                         that has answered.
+spawn_in_process         actors put into a running node, which is what a node does when told to spawn, until `start` has
+                         returned; spawn_supervised: `System.spawn` one by one, with place in the tree and event.
+warm_nodes               `NodeSpec(start="warm")`, many at a time, each until its hello; answering: each with an
+                         actor that has answered.
 first_answer             from opening a System to the first answer of an actor in a new node.
-fan_in                   1,000 callers in 4 processes, 8 calls at a time each, on one actor: growth is that of its process,
-                         beside what all credits allow and what the callers would like to send at once.
+fan_in                   1,000 callers in 4 processes, 8 calls at a time each, on one actor: growth of its process, beside
+                         what all credits allow and what the callers would like to send at once.
 ray, xoscar              with --peer, or where they are importable: ours beside theirs, not pinned, in the same rounds.
                          They share the cores with services of their own: figures for this machine, never general ones.
 
