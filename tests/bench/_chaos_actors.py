@@ -125,7 +125,7 @@ class Sender(Bookkeeper):
     """Sends what it is told: even numbers are calls, odd ones casts."""
 
     targets: list[str]
-    callers: int = 24
+    callers: int = 64
 
     @message(concurrent=True, deadline_s=3600.0)
     async def run(self, first: int, last: int) -> None:

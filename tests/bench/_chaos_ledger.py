@@ -119,6 +119,8 @@ class History:
     """SIGSTOP and SIGCONT of each process, in monotonic seconds: nobody can meet a deadline meanwhile."""
     last_lives: Mapping[int, int] = field(default_factory=dict)
     """The life of each target when all was quiet again, which had answered every living sender by then."""
+    restarted: Collection[int] = ()
+    """Targets that had more lives than one, whether or not each life came to run anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +209,8 @@ def _casts(sent: np.ndarray, ran: np.ndarray, dead_sender: np.ndarray, history: 
     for sender, target in np.unique(sent[on_way][["sender", "target"]]):
         ids = np.flatnonzero(on_way & (sent["sender"] == sender) & (sent["target"] == target))
         ids = ids[np.argsort(sent["began"][ids], kind="stable")]
-        before, missing = None, 0
+        first = None if int(target) in history.restarted else history.last_lives.get(int(target))
+        before, missing = first, 0
         for id in ids:
             if not ran["runs"][id]:
                 missing += 1

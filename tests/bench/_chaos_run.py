@@ -96,7 +96,9 @@ def _signal(pid: int, number: int) -> bool:
     return pid > 0
 
 
-async def run(folder: Path, messages: int, seed: int, say: Say) -> dict[str, float | None]:
+async def run(
+    folder: Path, messages: int, seed: int, say: Say, *, runner: type[Runner] = Runner, disturbed: bool = True
+) -> dict[str, float | None]:
     """Sends the messages, disturbs, waits for quiet, reads the books."""
     (folder / "counters").mkdir(exist_ok=True)
     ledger = Ledger(folder, messages)
@@ -108,12 +110,12 @@ async def run(folder: Path, messages: int, seed: int, say: Say) -> dict[str, flo
     books = {"folder": str(folder), "size": messages}
     async with System() as system:
         for name, node in runners.items():
-            await system.spawn(Runner(**books), name=name, node=node, policy=ENDLESS)  # type: ignore[arg-type]
+            await system.spawn(runner(**books), name=name, node=node, policy=ENDLESS)  # type: ignore[arg-type]
         for name in senders:
             actor = Sender(**books, targets=list(runners))  # type: ignore[arg-type]
             await system.spawn(actor, name=name, node=name, policy=ENDLESS)
         disturber = Disturber(system, senders, nodes, list(runners), seed)
-        harm = asyncio.create_task(disturber.run())
+        harm = asyncio.create_task(disturber.run() if disturbed else asyncio.sleep(0))
         try:
             hung = not await _send_all(system, senders, messages, say)
         finally:
@@ -122,13 +124,16 @@ async def run(folder: Path, messages: int, seed: int, say: Say) -> dict[str, flo
         say("quiet; waiting until all that is under way has ended")
         last_lives, settled = await _settle(system, senders)
         hung = hung or not settled
-        restarts = sum(system.restarts.values())
+        incarnations = {row["name"]: row["incarnation"] for row in system.tree()}
         pids = set(system.pids().values()) - {os.getpid()}
     left = [pid for pid in pids if _signal(pid, 0)]
     seconds = time.perf_counter() - began
     sent, ran = ledger.read()
     ledger.close()
-    history = History(killed=disturber.killed, stopped=disturber.stopped, last_lives=last_lives)
+    restarted = {number for number, name in enumerate(runners) if incarnations[name] > 1}
+    history = History(
+        killed=disturber.killed, stopped=disturber.stopped, last_lives=last_lives, restarted=restarted
+    )  # fmt: skip
     findings = audit(sent, ran, history)
     counters = sum((DurableCounter.read(path) for path in (folder / "counters").iterdir()), Counter())
     say(f"{messages:,} messages: {_told(findings, disturber.done)}")
@@ -138,7 +143,7 @@ async def run(folder: Path, messages: int, seed: int, say: Say) -> dict[str, flo
         "leaked_segments": len(_segments() - segments),
         "leaked_processes": len(left),
         "messages_per_s": messages / seconds,
-        "restarts": restarts,
+        "restarts": sum(number - 1 for number in incarnations.values()),
         **{f"faults_{kind}": disturber.done[kind] for kind in KINDS},
     }
 

@@ -20,8 +20,8 @@ spawn_in_process         actors put into a running node, which is what a node do
 warm_nodes               `NodeSpec(start="warm")`, many at a time, each until its hello; answering: each with an
                          actor that has answered.
 first_answer             from opening a System to the first answer of an actor in a new node.
-fan_in                   1,000 callers in 4 processes, 8 calls at a time each, on one actor: growth of its process, beside
-                         what all credits allow and what the callers would like to send at once.
+fan_in                   1,000 callers in 4 processes, 8 calls at a time each, on one actor: the growth of its process
+                         beside what all credits allow, and what the callers would like to send at once.
 ray, xoscar              with --peer, or where they are importable: ours beside theirs, not pinned, in the same rounds.
                          They share the cores with services of their own: figures for this machine, never general ones.
 
