@@ -236,6 +236,18 @@ async def test_a_longer_run(tmp_path: Path) -> None:
     assert found["faults_stop_runner"]
 
 
+def test_partitions_in_memory() -> None:
+    from _chaos_memory import run as partition
+
+    found = partition(3, lambda text: None, rounds=1)
+    if found["partition_violations"] is None:
+        pytest.skip("no network in memory")
+    names = ("late", "untyped", "wrong", "twice", "phantom", "waiting", "hung")
+    assert {name: found[f"partition_{name}"] for name in names if found[f"partition_{name}"]} == {}
+    assert found["partition_replies"]
+    assert found["partition_faults"]
+
+
 def test_a_root_that_is_killed_leaves_its_children_to_be_counted() -> None:
     from _chaos_orphans import run as kill_roots
 

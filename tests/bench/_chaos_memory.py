@@ -1,11 +1,11 @@
-"""Chaos on a network in memory with a virtual clock: it drops, delays, doubles and reorders messages, and is cut in two.
+"""Chaos in a network in memory with a virtual clock: it drops, delays, doubles, reorders, and is cut in two.
 
-    each round, from a seed of its own:   three nodes, callers in each; partitions come and go; at last one node stays cut
-                                          off and is declared dead, as a root does it
+    each round, from a seed of its own:   three nodes, callers in each; partitions come and go; at last each is cut off
+                                          and declares the others dead, as a root does it
 
 Hours pass in seconds, so lateness is exact: no machine is too busy for it. Every call must have ended by its deadline +
 100 ms, in a reply, a remote error or a typed failure; nothing runs twice; a cast that was taken and did not run must be
-among those that its sender counts as lost, or the others as dead letters; nobody waits any more when all is over.
+among those that the nodes count as lost or as dead letters; nobody waits any more when all is over.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class _World:
             *(self._call_all(name) for name in NAMES for _ in range(CALLERS)), *(self._cast_all(name) for name in NAMES)
         )
         await cutting
-        await self._lose("c")
+        await self._part()
         await asyncio.sleep(120.0)
         self._count()
         for name in NAMES:
@@ -159,14 +159,14 @@ class _World:
             await asyncio.sleep(self._chance.uniform(0.01, 4.0))
             self._network.heal()
 
-    async def _lose(self, name: str) -> None:
-        """Declares a node dead, on both sides of the cut."""
-        self._network.partition({name}, set(NAMES) - {name})
+    async def _part(self) -> None:
+        """Each node is alone, and declares the others dead."""
+        self._network.partition(*({name} for name in NAMES))
         await asyncio.sleep(1.0)
-        for other, node in self._nodes.items():
-            for lost in NAMES:
-                if lost != other and name in (lost, other):
-                    node.peer_down(self._nodes[lost].key, "no heartbeat: partitioned")
+        for node in self._nodes.values():
+            for other in self._nodes.values():
+                if other is not node:
+                    node.peer_down(other.key, "no heartbeat: partitioned")
 
     async def _call_all(self, here: str) -> None:
         for _ in range(CALLS):
