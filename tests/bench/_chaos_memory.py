@@ -97,7 +97,7 @@ def run(seed: int, say: Callable[[str], None], rounds: int = ROUNDS) -> dict[str
     return {
         "partition_violations": sum(bad.values()),
         **{f"partition_{name}": count for name, count in bad.items()},
-        **{f"partition_{name}": total[name] for name in ("calls", "casts", "replies", "faults", "unknown")},
+        **{f"partition_{name}": total[name] for name in ("calls", "casts", "replies", "faults", "unknown", "told")},
     }
 
 
@@ -218,6 +218,7 @@ class _World:
         missing = sum(not runs[id] for id in self._accepted)
         told = sum(node.counters["lost"] + node.counters["dead_letters"] for node in self._nodes.values())
         found["unknown"] += missing
+        found["told"] += told
         found["silent"] += max(0, missing - told)
         found["waiting"] += sum(len(node.waits.rows()) for node in self._nodes.values())
 

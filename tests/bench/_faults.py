@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import importlib
 import os
 import random
 import signal
@@ -24,12 +25,10 @@ from headrace.runtime import NodeSpec, RestartPolicy, System
 from headrace.runtime.errors import RuntimeFault
 
 ENDLESS = RestartPolicy(max_restarts=1_000_000, backoff_s=0.0, max_backoff_s=0.0)
-BEAT_S = 0.1
-"""A node's loop shows so often that it lives."""
 CALLER_NODES = 4
 CALLERS = 1000
 AT_ONCE = 8
-PAYLOAD_BYTES = 8192
+PAYLOAD_BYTES = 16_384
 
 Found = dict[str, float | None]
 
@@ -123,7 +122,9 @@ def _returns(start: str, kills: list[_Kill]) -> Found:
 
 async def _suspected(count: int) -> Found:
     """From the standstill of a node's loop to the event, by turns asleep and holding the interpreter lock."""
-    beats = []
+    beats, beat_s = [], _beat_s()
+    if beat_s is None:
+        return {"suspected_beats_ratio": None}
     async with System() as system:
         ref = await system.spawn(Callee(), name="blocked", node="blocked")
         seen: asyncio.Queue[float] = asyncio.Queue()
@@ -135,18 +136,27 @@ async def _suspected(count: int) -> Found:
 
         system.events.listeners.append(listen)
         for number in range(count):
-            await asyncio.sleep(0.35)  # It must be well again before it falls ill again.
-            blocking = asyncio.create_task(ref.block(6 * BEAT_S, number % 2 == 1))
+            await asyncio.sleep(4 * beat_s)  # It must be well again before it falls ill again.
+            blocking = asyncio.create_task(ref.block(6 * beat_s, number % 2 == 1))
             try:
-                async with asyncio.timeout(10 * BEAT_S):
+                async with asyncio.timeout(10 * beat_s):
                     when = await seen.get()
             except TimeoutError:
                 when = None
             began = await blocking
             if when is None:
                 return {"suspected_beats_ratio": None}
-            beats.append((when - began) / BEAT_S)
+            beats.append((when - began) / beat_s)
     return {"suspected_beats_ratio": max(beats), "suspected_p50_beats_ratio": statistics.median(beats)}
+
+
+def _beat_s() -> float | None:
+    """How often the loop of a node shows that it lives; None if it does not."""
+    try:
+        liveness = importlib.import_module("headrace.runtime.liveness")
+    except ImportError:
+        return None
+    return float(liveness.BEAT_S)
 
 
 # Starting -----------------------------------------------------------------------------------------------------
@@ -217,37 +227,39 @@ def _private_bytes(pid: int) -> int:
 
 async def _fan_in(calls: int) -> Found:
     """Messages that wait at the one actor are bounded by its senders' credits, whatever they would like to send."""
+    nodes = [f"callers{number}" for number in range(CALLER_NODES)]
     async with System() as system:
         sink = await system.spawn(Sink(), name="sink", node="sink")
-        callers = [
-            await system.spawn(Callers(target="sink"), name=f"callers/{n}", node=f"callers{n}") for n in range(4)
-        ]
+        callers = [await system.spawn(Callers(target="sink"), name=f"at/{node}", node=node) for node in nodes]
         pid = system.pids()["sink"]
         before = _private_bytes(pid)
+        watch = asyncio.create_task(_peak_bytes(pid))
         began = time.perf_counter()
-        peak_bytes, watching = [before], asyncio.create_task(_watch(pid, before_end := asyncio.Event()))
         each = CALLERS // CALLER_NODES
         right = sum(await asyncio.gather(*(ref.run(each, calls, AT_ONCE, PAYLOAD_BYTES) for ref in callers)))
         seconds = time.perf_counter() - began
-        before_end.set()
-        peak_bytes.append(await watching)
+        watch.cancel()
+        peak_bytes = await watch
         handled, peak = await sink.report()
-        credits_ = CALLER_NODES * system.node.directory.get("sink").window
+        credit = CALLER_NODES * system.node.directory.get("sink").window
     sent = CALLERS * (calls // AT_ONCE) * AT_ONCE
     return {
         "fan_in_lost": sent - min(right, handled),
-        "fan_in_peak_to_credits_ratio": peak / credits_,
+        "fan_in_peak_to_credits_ratio": peak / credit,
+        "fan_in_growth_to_credits_ratio": (peak_bytes - before) / (credit * PAYLOAD_BYTES),
+        "fan_in_growth_bytes": peak_bytes - before,
+        "fan_in_credit_bytes": credit * PAYLOAD_BYTES,
+        "fan_in_wanted_bytes": CALLERS * AT_ONCE * PAYLOAD_BYTES,
         "fan_in_calls_per_s": sent / seconds,
-        "fan_in_wanted_at_once_bytes": CALLERS * AT_ONCE * PAYLOAD_BYTES,
-        "fan_in_credit_bytes": credits_ * PAYLOAD_BYTES,
-        "fan_in_growth_bytes": max(peak_bytes) - before,
     }
 
 
-async def _watch(pid: int, end: asyncio.Event) -> int:
-    """The most private memory that a process has until then."""
-    peak = 0
-    while not end.is_set():
-        peak = max(peak, _private_bytes(pid))
-        await asyncio.sleep(0.05)
-    return peak
+async def _peak_bytes(pid: int) -> int:
+    """The most private memory that a process has until this is cancelled."""
+    peak = _private_bytes(pid)
+    try:
+        while True:
+            await asyncio.sleep(0.05)
+            peak = max(peak, _private_bytes(pid))
+    except asyncio.CancelledError:
+        return peak

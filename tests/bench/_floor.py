@@ -82,6 +82,7 @@ class Floor(_Socket):
         self._loop = asyncio.get_running_loop()
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._queue: deque[tuple[int, bytes]] = deque()
+        self._casts: deque[tuple[int, bytes]] = deque()
         self._flushing = False
         self._id = 0
         self.start()
@@ -113,18 +114,34 @@ class Floor(_Socket):
 
     async def casts(self, payload: bytes, count: int) -> int:
         """Sends `count` coalesced messages; returns how many have arrived."""
-        for first in range(0, count, BATCH):
-            frame = CASTS + pack([(0, payload) for _ in range(first, min(first + BATCH, count))])
-            while True:
-                try:
-                    self.zmq.send(frame, zmq.NOBLOCK)
-                    break
-                except zmq.Again:
-                    await asyncio.sleep(0.0005)
+        queue = self._casts
+        for _ in range(count):
+            if self.cast(payload):
+                await self._room()
+        while queue:
+            self._flush_casts()
+            await self._room()
         answer = self._begin()
         self.zmq.send(COUNT + pack((self._id, b"")))
         self.rearm()
         return int(await answer)
+
+    def cast(self, payload: bytes) -> bool:
+        """Queues a message; whether it is time to wait, for the socket takes no more."""
+        self._casts.append((0, payload))
+        return len(self._casts) >= BATCH and not self._flush_casts()
+
+    def _flush_casts(self) -> bool:
+        try:
+            self.zmq.send(CASTS + pack(list(self._casts)), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        self._casts.clear()
+        return True
+
+    async def _room(self) -> None:
+        while not int(self.zmq.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:  # noqa: ASYNC110 (the edge may be gone)
+            await asyncio.sleep(0.001)
 
     def on_message(self, parts: list[zmq.Frame]) -> None:
         answers = msgpack.unpackb(parts[0].buffer)

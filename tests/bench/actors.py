@@ -69,6 +69,7 @@ BARS = [
     Bar("first_answer_s", "<=", 0.4),
     Bar("fan_in_lost", "<=", 0),
     Bar("fan_in_peak_to_credits_ratio", "<=", 1.0),
+    Bar("fan_in_growth_to_credits_ratio", "<=", 4.0),
     Bar("ray_call_p50_ratio", "<=", 1 / 5),
     Bar("ray_calls_100_ratio", ">=", 60.0),
     Bar("xoscar_call_p50_ratio", "<=", 1 / 1.5),
