@@ -15,9 +15,12 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +31,7 @@ IN_FLIGHT = 100
 RATE_S = 1.0
 INSTALL_S = 600.0
 ANSWER_S = 120.0
+CLOSE_S = 20.0
 PAYLOAD = bytes(80)
 READY = "ready"
 
@@ -48,13 +52,17 @@ def interpreters(asked: Sequence[str], say: Callable[[str], None]) -> Pythons:
     """An interpreter for each peer that can be measured. Only those `asked` for are installed."""
     found: Pythons = {}
     for name in PEERS:
-        if importlib.util.find_spec(name) is not None:
+        if _importable(name):
             found[name] = sys.executable
         elif (reason := _ready(name, install=name in asked, say=say)) is None:
             found[name] = str(_environment(name) / "bin" / "python")
         elif name in asked:
             say(f"{name} is left out: {reason}")
     return found
+
+
+def _importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def _environment(name: str) -> Path:
@@ -138,54 +146,62 @@ async def _rounds(name: str, python: str, scale: Any, say: Callable[[str], None]
 
 
 class _Peer:
-    """The process of a peer."""
+    """The process of a peer. Raises PeerError with the last line that it said."""
 
     def __init__(self, name: str, python: str) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent), "RAY_USAGE_STATS_ENABLED": "0"}
-        command = [python, str(Path(__file__).resolve()), name]
+        here = Path(__file__).resolve()
+        environment = {**os.environ, "PYTHONPATH": str(here.parent), "RAY_USAGE_STATS_ENABLED": "0"}
+        self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-            start_new_session=True,
+            [python, str(here), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            env=environment, start_new_session=True,
         )  # fmt: skip
-        if self._read() != READY:
-            raise PeerError(f"{name} did not start")
+        try:
+            self._read()
+        except PeerError:
+            self.close()
+            raise
 
     def round(self, calls: int) -> dict[str, float]:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{calls}\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(f"{calls}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise PeerError(self._last_words()) from None
         answer: dict[str, float] = json.loads(self._read())
         return answer
 
     def close(self) -> None:
-        """Asks it to end, which ends what it has started; then kills its group."""
+        """Asks it to end, and with it what it has started; then kills its group."""
         try:
-            self._process.communicate(timeout=20)
+            self._process.communicate(timeout=CLOSE_S)
         except subprocess.TimeoutExpired:
             pass
         try:
-            os.killpg(self._process.pid, 9)
+            os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
         self._process.wait()
+        self._errors.close()
 
     def _read(self) -> str:
-        import select
-
-        assert self._process.stdout is not None
-        end = time.monotonic() + ANSWER_S
-        while time.monotonic() < end:
-            if select.select([self._process.stdout], [], [], 1.0)[0]:
-                line = self._process.stdout.readline()
-                if not line:
-                    break
-                if line.strip() == READY or line.startswith("{"):  # Else it talks of something else.
+        """The next line that is for us; it may talk of other things."""
+        watchdog = threading.Timer(ANSWER_S, self._process.kill)
+        watchdog.start()
+        try:
+            assert self._process.stdout is not None
+            for line in self._process.stdout:
+                if line.strip() == READY or line.startswith("{"):
                     return line.strip()
-        self.close()
-        error = (
-            self._process.stderr.read() if self._process.stderr and not self._process.stderr.closed else ""
-        ).strip()
-        raise PeerError(error.splitlines()[-1] if error else f"no answer within {ANSWER_S:g} s")
+        finally:
+            watchdog.cancel()
+        raise PeerError(self._last_words())
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        return lines[-1] if lines else f"it ended without an answer, or gave none within {ANSWER_S:g} s"
 
 
 def _serve(measure: Callable[[int], dict[str, float]]) -> None:
