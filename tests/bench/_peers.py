@@ -151,7 +151,7 @@ class _Peer:
     def __init__(self, name: str, python: str) -> None:
         here = Path(__file__).resolve()
         environment = {**os.environ, "PYTHONPATH": str(here.parent), "RAY_USAGE_STATS_ENABLED": "0"}
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         self._process = subprocess.Popen(
             [python, str(here), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
             env=environment, start_new_session=True,
