@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from headrace.runtime import Actor, Lane, message
+from headrace.runtime.agent import NodeAgent
 
 
 @dataclass(kw_only=True)
@@ -66,6 +69,33 @@ class Callee(Actor):
 @dataclass(kw_only=True)
 class Idle(Actor):
     """Does nothing: one of many."""
+
+
+@dataclass(kw_only=True)
+class Nursery(Actor):
+    """Puts actors into its own node, as the node does when the root tells it to."""
+
+    @message(deadline_s=120.0)
+    async def host(self, count: int) -> tuple[float, float]:
+        """Actors per second, until each has started; and bytes of private memory of each."""
+        node = self._node
+        assert node is not None
+        agent = node.cells[f"$node@{node.key.partition('#')[0]}"].actor
+        assert isinstance(agent, NodeAgent)
+        gc.collect()
+        before = private_bytes(os.getpid())
+        began = time.perf_counter()
+        cells = [agent.host(node, Idle(), f"hosted/{number}", 1) for number in range(count)]
+        for cell in cells:
+            await cell.up
+        seconds = time.perf_counter() - began
+        return count / seconds, (private_bytes(os.getpid()) - before) / count
+
+
+def private_bytes(pid: int) -> int:
+    """Memory that a process shares with nobody."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) << 10
 
 
 @dataclass(kw_only=True)

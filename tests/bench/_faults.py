@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
 import importlib
 import os
 import random
 import signal
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-from _bench_actors import Callee, Callers, Idle, Sink
+from _bench_actors import Callee, Callers, Idle, Nursery, Sink, private_bytes
 from _messages import quantile
 
 from headrace.benchmark import Say
@@ -25,6 +23,7 @@ from headrace.runtime import NodeSpec, RestartPolicy, System
 from headrace.runtime.errors import RuntimeFault
 
 ENDLESS = RestartPolicy(max_restarts=1_000_000, backoff_s=0.0, max_backoff_s=0.0)
+NEVER_AGAIN = RestartPolicy(restart="temporary")
 CALLER_NODES = 4
 CALLERS = 1000
 AT_ONCE = 8
@@ -163,21 +162,15 @@ def _beat_s() -> float | None:
 
 
 async def _spawn(scale: Any) -> Found:
-    """Actors in the root's own process."""
+    """Actors in a running node, by the node itself; and in the root's own process, supervised."""
     async with System() as system:
         began = time.perf_counter()
         for number in range(scale.supervised):
             await system.spawn(Idle(), name=f"supervised/{number}")
         supervised = scale.supervised / (time.perf_counter() - began)
-        agent, node = system._agent, system.node
-        gc.collect()
-        before = _private_bytes(os.getpid())
-        began = time.perf_counter()
-        cells = [agent.host(node, Idle(), f"hosted/{number}", 1) for number in range(scale.actors)]
-        for cell in cells:
-            await cell.up
-        hosted = scale.actors / (time.perf_counter() - began)
-        each = max(0, _private_bytes(os.getpid()) - before) / scale.actors
+        nursery = await system.spawn(Nursery(), name="nursery", node="nursery", policy=NEVER_AGAIN)
+        hosted, each = await nursery.host(scale.actors)
+        os.kill(system.pids()["nursery"], signal.SIGKILL)  # Thousands of orderly stops would only take time.
     return {"spawn_in_process_per_s": hosted, "spawn_supervised_per_s": supervised, "actor_private_bytes": each}
 
 
@@ -197,7 +190,7 @@ async def _warm_nodes(count: int) -> Found:
         await asyncio.gather(*(_answering(system, name) for name in rest))
         answering = len(rest) / (time.perf_counter() - began)
         await asyncio.sleep(0.2)
-        private = statistics.median([_private_bytes(system.pids()[name]) for name in names])
+        private = statistics.median([private_bytes(system.pids()[name]) for name in names])
     return {
         "warm_nodes_per_s": opened, "warm_nodes_answering_per_s": answering, "warm_node_private_bytes": private,
     }  # fmt: skip
@@ -217,11 +210,6 @@ async def _first_answer_s() -> float:
         return time.perf_counter() - began
 
 
-def _private_bytes(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) << 10
-
-
 # Fan-in -------------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +220,7 @@ async def _fan_in(calls: int) -> Found:
         sink = await system.spawn(Sink(), name="sink", node="sink")
         callers = [await system.spawn(Callers(target="sink"), name=f"at/{node}", node=node) for node in nodes]
         pid = system.pids()["sink"]
-        before = _private_bytes(pid)
+        before = private_bytes(pid)
         watch = asyncio.create_task(_peak_bytes(pid))
         began = time.perf_counter()
         each = CALLERS // CALLER_NODES
@@ -256,10 +244,10 @@ async def _fan_in(calls: int) -> Found:
 
 async def _peak_bytes(pid: int) -> int:
     """The most private memory that a process has until this is cancelled."""
-    peak = _private_bytes(pid)
+    peak = private_bytes(pid)
     try:
         while True:
             await asyncio.sleep(0.05)
-            peak = max(peak, _private_bytes(pid))
+            peak = max(peak, private_bytes(pid))
     except asyncio.CancelledError:
         return peak

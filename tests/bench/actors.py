@@ -15,8 +15,8 @@ control_beside_bulk      control calls between two nodes while such arrays are c
                          ones; control_beside_born: arrays that were made in shared memory. Not pinned.
 error, back              from SIGKILL of a node to the error at its caller; to the answer of its next incarnation.
 suspected                from a loop's standstill to the event, in heartbeats: the longest of all trials.
-spawn_in_process         actors put into a running node, which is what a node does when told to spawn, until `start` has
-                         returned; spawn_supervised: `System.spawn` one by one, with place in the tree and event.
+spawn_in_process         actors put into a running node by its own agent, until `start` has returned; spawn_supervised:
+                         `System.spawn` into the root, one by one, with a place in the tree and an event each.
 warm_nodes               `NodeSpec(start="warm")`, many at a time, each until its hello; answering: each with an
                          actor that has answered.
 first_answer             from opening a System to the first answer of an actor in a new node.
