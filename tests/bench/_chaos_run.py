@@ -124,7 +124,8 @@ async def run(
         say("quiet; waiting until all that is under way has ended")
         last_lives, settled = await _settle(system, senders)
         hung = hung or not settled
-        incarnations = {row["name"]: row["incarnation"] for row in system.tree()}
+        counters = Counter(system.node.counters)
+        incarnations = {row["name"]: row["incarnation"] for row in system.tree() if "incarnation" in row}
         pids = set(system.pids().values()) - {os.getpid()}
     left = [pid for pid in pids if _signal(pid, 0)]
     seconds = time.perf_counter() - began
@@ -135,7 +136,7 @@ async def run(
         killed=disturber.killed, stopped=disturber.stopped, last_lives=last_lives, restarted=restarted
     )  # fmt: skip
     findings = audit(sent, ran, history)
-    counters = sum((DurableCounter.read(path) for path in (folder / "counters").iterdir()), Counter())
+    counters = sum((DurableCounter.read(path) for path in (folder / "counters").iterdir()), counters)
     say(f"{messages:,} messages: {_told(findings, disturber.done)}")
     return {
         **figures(findings, counters),
@@ -149,10 +150,18 @@ async def run(
 
 
 def figures(findings: Findings, counters: Counter[str]) -> dict[str, float | None]:
-    """What was found, by the names that have bars. `silent`: what nobody has told of."""
+    """What was found, by the names that have bars. `counters`: of all nodes, the dead ones included.
+
+    silent_messages       what nobody has told of
+    counters_disagree     messages that the nodes handled but did not send, or sent, and handled nowhere, and neither
+                          refused nor withdrew nor report as lost; None if they don't count what they send
+    """
     reported = counters["dead_letters"] + counters["lost"]
+    nowhere = counters["sent"] - counters["handled"] - counters["dead_letters"] - counters["withdrawn"]
+    disagree = max(-nowhere, nowhere - counters["lost"] - findings.senders_died, 0)
     return {
         "silent_messages": findings.unended + findings.holes + max(0, findings.unhandled_tail - reported),
+        "counters_disagree": disagree if counters["sent"] else None,
         "unended_calls": findings.unended,
         "late_calls": findings.late,
         "late_worst_s": findings.worst_late_s,

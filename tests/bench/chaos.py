@@ -10,7 +10,8 @@ is quiet, and the books are read:
                        runtime reported as dead letters or lost; or was in the hands of a sender that was killed
     no message         ran twice, ran though it was refused, or was answered though it did not run
 
-`silent` counts what is in none of these. The plan of faults follows from --seed; which message it meets does not.
+`silent` counts what is in none of these; then the nodes' own counters must add up: sent = handled + dead-lettered +
+withdrawn + reported as lost. The plan of faults follows from --seed; which message it meets does not.
 
 Partitions are tried in a network in memory, with a virtual clock (_chaos_memory.py). At last a root is killed, again
 and again, in the middle of whatever it does: 100 ms later nothing that it started may live, what its nodes have started
@@ -35,6 +36,7 @@ EXAMPLE = "bin/bench chaos --messages 100000 --seed 7 --json chaos.json"
 
 BARS = [
     Bar("silent_messages", "<=", 0),
+    Bar("counters_disagree", "<=", 0),
     Bar("unended_calls", "<=", 0),
     Bar("hung", "<=", 0),
     Bar("late_calls", "<=", 0),
