@@ -8,7 +8,8 @@ Two ways to send, both drained at each wake-up until EAGAIN:
     single       a ZeroMQ message per call: "FD", the floor of latency
     coalesced    the calls of one loop turn, at most BATCH, in one ZeroMQ message of msgpack: "Z", the ceiling of rates
 
-A call is awaited by a task, as every call of an asyncio program is; there is no deadline, no mailbox, no supervision.
+A message says for whom it is and what is asked, about 100 bytes in all, and ends in a plain function there. A call is
+awaited by a task, as every call of an asyncio program is. There is no deadline, no mailbox, no credit, no supervision.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ BATCH = 256
 
 SINGLE, COALESCED, CASTS, COUNT = b"S", b"Z", b"C", b"Q"
 READY = b"ready\n"
+TO, ECHO, NOTE = "callee", "echo", "note"
+
+Envelope = tuple[int, str, str, bytes]
+"""Number, actor, message, payload."""
 
 pack = msgpack.Packer().pack
 
@@ -81,8 +86,8 @@ class Floor(_Socket):
         self.zmq.connect(address)
         self._loop = asyncio.get_running_loop()
         self._pending: dict[int, asyncio.Future[Any]] = {}
-        self._queue: deque[tuple[int, bytes]] = deque()
-        self._casts: deque[tuple[int, bytes]] = deque()
+        self._queue: deque[Envelope] = deque()
+        self._casts: deque[Envelope] = deque()
         self._flushing = False
         self._id = 0
         self.start()
@@ -90,21 +95,21 @@ class Floor(_Socket):
     def call(self, payload: bytes) -> asyncio.Future[Any]:
         """One message there, one back."""
         answer = self._begin()
-        self.zmq.send(SINGLE + pack((self._id, payload)), zmq.NOBLOCK)
+        self.zmq.send(SINGLE + pack((self._id, TO, ECHO, payload)), zmq.NOBLOCK)
         self.rearm()
         return answer
 
     def call_array(self, array: np.ndarray) -> asyncio.Future[Any]:
         """An array there, without a copy on this side; its first and last byte back."""
         answer = self._begin()
-        self.zmq.send_multipart([SINGLE + pack((self._id, b"")), array.data], zmq.NOBLOCK, copy=False)
+        self.zmq.send_multipart([SINGLE + pack((self._id, TO, ECHO, b"")), array.data], zmq.NOBLOCK, copy=False)
         self.rearm()
         return answer
 
     def call_coalesced(self, payload: bytes) -> asyncio.Future[Any]:
         """Shares a message with what else is asked in this turn of the loop."""
         answer = self._begin()
-        self._queue.append((self._id, payload))
+        self._queue.append((self._id, TO, ECHO, payload))
         if len(self._queue) >= BATCH:
             self._flush()
         elif not self._flushing:
@@ -128,7 +133,8 @@ class Floor(_Socket):
 
     def cast(self, payload: bytes) -> bool:
         """Queues a message; whether it is time to wait, for the socket takes no more."""
-        self._casts.append((0, payload))
+        self._id += 1
+        self._casts.append((self._id, TO, NOTE, payload))
         return len(self._casts) >= BATCH and not self._flush_casts()
 
     def _flush_casts(self) -> bool:
@@ -181,23 +187,35 @@ class _Answering(_Socket):
         super().__init__(zmq.ROUTER, zmq.Context())
         self.zmq.bind(address)
         self._received = 0
+        self._handlers = {ECHO: self._echo, NOTE: self._note}
 
     def on_message(self, parts: list[zmq.Frame]) -> None:
         sender, frame = bytes(parts[0].buffer), parts[1].buffer
         kind, body = bytes(frame[:1]), msgpack.unpackb(frame[1:])
         if kind == SINGLE:
+            id, _, method, payload = body
             if len(parts) == 3:
                 array = np.frombuffer(parts[2].buffer, np.uint8)
-                body[1] = int(array[0]) + int(array[-1])
-            self._answer(sender, [body])
+                self._answer(sender, [(id, int(array[0]) + int(array[-1]))])
+            else:
+                self._answer(sender, [(id, self._handlers[method](payload))])
         elif kind == COALESCED:
-            self._answer(sender, [(id, payload) for id, payload in body])
+            handlers = self._handlers
+            self._answer(sender, [(id, handlers[method](payload)) for id, _, method, payload in body])
         elif kind == CASTS:
-            for _id, _payload in body:
-                self._received += 1
+            handlers = self._handlers
+            for _, _, method, payload in body:
+                handlers[method](payload)
         else:
             self._answer(sender, [(body[0], self._received)])
             self._received = 0
+
+    def _echo(self, payload: bytes) -> bytes:
+        return payload
+
+    def _note(self, payload: bytes) -> bytes:
+        self._received += 1
+        return b""
 
     def _answer(self, sender: bytes, answers: list[Any]) -> None:
         self.zmq.send_multipart([sender, pack(answers)], zmq.NOBLOCK)
