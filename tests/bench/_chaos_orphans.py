@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -73,14 +74,19 @@ class _Trial:
 
 def _trial(*, when_up: bool, delay_s: float) -> _Trial:
     mark = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory(
+        prefix="hr-", ignore_cleanup_errors=True
+    ) as folder:  # A killed root can't remove its own.
+        return _kill_root(mark, {**os.environ, MARK: mark, "TMPDIR": folder}, when_up=when_up, delay_s=delay_s)
+
+
+def _kill_root(mark: str, env: dict[str, str], *, when_up: bool, delay_s: float) -> _Trial:
     root = subprocess.Popen(
-        [sys.executable, "-P", str(Path(__file__).resolve())], stdout=subprocess.PIPE, env={**os.environ, MARK: mark},
+        [sys.executable, "-P", str(Path(__file__).resolve())], stdout=subprocess.PIPE, env=env,
         start_new_session=True,
     )  # fmt: skip
     assert root.stdout is not None
-    # The middle of a start: when the first line says that the system opens its nodes.
-    lines = 2 if when_up else 1
-    for _ in range(lines):
+    for _ in range(2 if when_up else 1):  # The first line: it opens its nodes. The second: they are up.
         root.stdout.readline()
     time.sleep(delay_s)
     before = len(_marked(mark)) - 1
