@@ -74,9 +74,7 @@ class _Trial:
 
 def _trial(*, when_up: bool, delay_s: float) -> _Trial:
     mark = uuid.uuid4().hex
-    with tempfile.TemporaryDirectory(
-        prefix="hr-", ignore_cleanup_errors=True
-    ) as folder:  # A killed root can't remove its own.
+    with tempfile.TemporaryDirectory(prefix="hr-") as folder:  # A killed root can't remove its own.
         return _kill_root(mark, {**os.environ, MARK: mark, "TMPDIR": folder}, when_up=when_up, delay_s=delay_s)
 
 
@@ -95,11 +93,15 @@ def _kill_root(mark: str, env: dict[str, str], *, when_up: bool, delay_s: float)
     after = _marked(mark)
     root.communicate()
     after.pop(root.pid, None)
-    for pid in after:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    left = after
+    while left:
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.01)
+        left = _marked(mark)
     return _Trial(before, list(after.values()))
 
 
