@@ -74,7 +74,7 @@ class _Trial:
 
 def _trial(*, when_up: bool, delay_s: float) -> _Trial:
     mark = uuid.uuid4().hex
-    with tempfile.TemporaryDirectory(prefix="hr-") as folder:  # A killed root can't remove its own.
+    with tempfile.TemporaryDirectory(prefix="headrace-orphans-") as folder:  # A killed root can't remove its own.
         return _kill_root(mark, {**os.environ, MARK: mark, "TMPDIR": folder}, when_up=when_up, delay_s=delay_s)
 
 
