@@ -239,7 +239,7 @@ async def test_a_lossy_runner_is_found_out(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_a_longer_run(tmp_path: Path) -> None:
-    found = await run(tmp_path, 40_000, random.randrange(1_000_000), lambda text: None)
+    found = await run(tmp_path, 30_000, random.randrange(1_000_000), lambda text: None)
     assert _must_not_be(found) == {}, found
     assert found["faults_kill_runner"]
     assert found["faults_stop_runner"]
