@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,15 @@ def pin(pid: int, cores: set[int]) -> None:
             os.sched_setaffinity(int(thread), cores)
         except ProcessLookupError:
             continue
+
+
+def cpu_s(*pids: int) -> float:
+    """Processor time that all threads of these processes have used."""
+    total = 0
+    for pid in pids:
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            total += int((thread / "schedstat").read_text().split()[0])
+    return total / 1e9
 
 
 async def seconds_of(call: Call, count: int) -> list[float]:
@@ -131,7 +141,7 @@ async def measure_messages(scale: Any, say: Say) -> dict[str, float | None]:
         ref = await system.spawn(Callee(), name="callee", node="callee")
         floor = Floor()
         try:
-            bench = _Bench(ref, floor, rounds, scale)
+            bench = _Bench(ref, system.pids()["callee"], floor, rounds, scale)
             for number in range(scale.rounds):
                 for placement, ours, theirs in _placements(cores):
                     say(f"messages, round {number + 1} of {scale.rounds}, {placement.replace('_', ' ')}")
@@ -166,8 +176,8 @@ def _placements(cores: Sequence[int]) -> list[tuple[str, int, int]]:
 class _Bench:
     """One pair of processes of ours, and one of the floor's."""
 
-    def __init__(self, ref: Ref, floor: Floor, rounds: Rounds, scale: Any) -> None:
-        self.ref, self.floor, self.rounds, self.scale = ref, floor, rounds, scale
+    def __init__(self, ref: Ref, callee: int, floor: Floor, rounds: Rounds, scale: Any) -> None:
+        self.ref, self.callee, self.floor, self.rounds, self.scale = ref, callee, floor, rounds, scale
         self._samples = {name: np.zeros(size, np.uint8) for name, size in SAMPLES.items()}
         self._source, self._target = np.ones(LARGE_BYTES, np.uint8), np.zeros(LARGE_BYTES, np.uint8)
         self.lost = 0
@@ -180,8 +190,8 @@ class _Bench:
         rounds.latency(f"{where}_floor", await seconds_of(single, scale.calls))
         rounds.latency(f"{where}_call", await seconds_of(echo, scale.calls))
         for number in IN_FLIGHT:
-            rounds.add(f"{where}_floor_{number}_per_s", await calls_per_s(coalesced, number, scale.seconds))
-            rounds.add(f"{where}_calls_{number}_per_s", await calls_per_s(echo, number, scale.seconds))
+            await self._rate(f"{where}_floor_{number}", coalesced, number, self.floor.process.pid)
+            await self._rate(f"{where}_calls_{number}", echo, number, self.callee)
         began = time.perf_counter()
         arrived = await floor.casts(PAYLOAD, scale.casts)
         rounds.add(f"{where}_floor_casts_per_s", arrived / (time.perf_counter() - began))
@@ -190,6 +200,14 @@ class _Bench:
         handled = await cast_all(self.ref, PAYLOAD, scale.casts)
         rounds.add(f"{where}_casts_per_s", handled / (time.perf_counter() - began))
         rounds.add("casts_lost", scale.casts - handled)
+
+    async def _rate(self, name: str, call: Call, in_flight: int, other: int) -> None:
+        """Calls per second, and what a call costs both processes; the latter hardly depends on who else is busy."""
+        before, began = cpu_s(os.getpid(), other), time.perf_counter()
+        rate = await calls_per_s(call, in_flight, self.scale.seconds)
+        calls = rate * (time.perf_counter() - began)
+        self.rounds.add(f"{name}_per_s", rate)
+        self.rounds.add(f"{name}_cpu_us", (cpu_s(os.getpid(), other) - before) / calls * 1e6)
 
     async def samples(self, where: str) -> None:
         for name, array in self._samples.items():
@@ -277,6 +295,8 @@ def _figures(rounds: Rounds, placements: Sequence[str]) -> dict[str, float | Non
             if known:
                 figures[f"{where}_{ours}"] = rounds.median(f"{where}_{ours}")
                 figures[f"{where}_{theirs}"] = rounds.median(f"{where}_{theirs}")
+        for side in (f"{side}_{n}_cpu_us" for n in IN_FLIGHT for side in ("calls", "floor") if known):
+            figures[f"{where}_{side}"] = rounds.median(f"{where}_{side}")
     figures["casts_lost"] = sum(rounds.numbers["casts_lost"])
     figures["copy_in_64mib_ratio"] = rounds.ratio("memcpy_64mib_us", "copy_in_64mib_us")
     idle = "control_idle_p50_us"
