@@ -7,8 +7,8 @@ rounds. p50 and p90 have bars; p99 is reported only, for waking a core now and t
 same_core_, cross_core_  where asking and answering side run; see _messages.py. Each has its own bars, and each must be
                          met: nothing is averaged over them.
 call, calls_100, casts   one call at a time; calls per second with 100 in flight; casts handled per second. The floor of
-                         the first is a raw round trip, that of the others raw coalesced messages (Z). cpu_us is processor
-                         time of both processes per call: it stays true on a machine that others keep busy.
+                         the first is a raw round trip, that of the others raw coalesced messages (Z). cpu_us: processor
+                         time of both processes per call, which stays true on a machine that others keep busy.
 100kb, 500kb             a call with an array of that size, beside the same array by raw ZeroMQ.
 copy_in_64mib            one memcpy of 64 MiB beside the whole call with that array: 1 would be a copy and nothing else.
 born_64mib               the whole call with an array that was made by `Actor.empty`.
