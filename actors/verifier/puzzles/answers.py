@@ -36,11 +36,10 @@ def final_answer(text: str) -> str | None:
     the fences of a code block and the stars of one bold line as nothing.
     """
     tail = text[-MAX_TAIL:]
-    last = None
-    for last in _MARK.finditer(tail):
-        pass
-    if last is None:
+    marks = list(_MARK.finditer(tail))
+    if not marks:
         return None
+    last = marks[-1]
     rest = tail[last.end() : last.end() + MAX_ANSWER + 1]
     found = _braced(rest) if last.group().endswith("{") else _paragraph(rest)
     if found is None or len(found) > MAX_ANSWER:

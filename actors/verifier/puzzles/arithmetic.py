@@ -1,7 +1,8 @@
 """Make a number out of numbers: the 24-point game (all of them used) and the countdown round (some of them used).
 
 A 24-point puzzle is made backwards: 24 is split into two numbers that give it, one of these again, and so on. A
-countdown round is made forwards: numbers are joined until one is left. So whole numbers always suffice. Solved by listing what each subset can make, and looking up what the other part must be.
+countdown round is made forwards: numbers are joined until one is left. So whole numbers always suffice. Solved
+by listing what each subset can make, and looking up what the other part must be.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class _Arithmetic(Task):
         found = expression.value_of(answer)
         if found is None or found[0] != data["target"]:
             return False
-        used, given = Counter(found[1]), Counter(data["numbers"])
+        used: Counter[int] = Counter(found[1])
+        given: Counter[int] = Counter(data["numbers"])
         return used == given if self.all_used else used <= given
 
     def solve(self, data: Data) -> str:

@@ -107,7 +107,9 @@ def _full(draw: Draw, size: int) -> list[str]:
         rows: list[str] = []
         columns = [""] * size
         while len(rows) < size:
-            fitting = [line for line in every if line not in rows and all(map(_goes_on, columns, line, repeat(size // 2)))]
+            fitting = [
+                line for line in every if line not in rows and all(map(_goes_on, columns, line, repeat(size // 2)))
+            ]
             if not fitting:
                 break
             rows.append(draw.pick(fitting))

@@ -6,6 +6,7 @@ most constrained vertex first.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar
 
 from . import answers
@@ -33,7 +34,7 @@ class HamiltonianPath(Task):
     def invent(self, draw: Draw, level: int) -> Data:
         count = self._levels[level - 1]
         path = draw.shuffled(range(count))
-        hidden = {(min(edge), max(edge)) for edge in zip(path, path[1:], strict=False)}
+        hidden = {(min(edge), max(edge)) for edge in pairwise(path)}
         others = [(a, b) for b in range(count) for a in range(b) if (a, b) not in hidden]
         edges = [*hidden, *draw.sample(others, count // 2 + 1)]
         return {"vertices": count, "edges": sorted(map(list, edges))}
@@ -41,8 +42,8 @@ class HamiltonianPath(Task):
     def describe(self, data: Data) -> str:
         return (
             f"A graph has the vertices 0 to {data['vertices'] - 1} and these edges, which can be walked both ways: "
-            f"{_edge_list(data)}.\n\nFind a path along edges that visits every vertex exactly once, beginning wherever you "
-            f"like. Answer with the vertices in order, separated by blanks."
+            f"{_edge_list(data)}.\n\nFind a path along edges that visits every vertex exactly once, beginning "
+            f"wherever you like. Answer with the vertices in order, separated by blanks."
         )
 
     def accepts(self, data: Data, answer: str) -> bool:
@@ -50,7 +51,7 @@ class HamiltonianPath(Task):
         if path is None or len(path) != data["vertices"] or set(path) != set(range(data["vertices"])):
             return False
         edges = {frozenset(edge) for edge in data["edges"]}
-        return all(frozenset(step) in edges for step in zip(path, path[1:], strict=False))
+        return all(frozenset(step) in edges for step in pairwise(path))
 
     def solve(self, data: Data) -> str:
         near = _neighbours(data)
@@ -104,9 +105,9 @@ class GraphColouring(Task):
 
     def describe(self, data: Data) -> str:
         return (
-            f"A graph has the vertices 0 to {data['vertices'] - 1} and these edges: {_edge_list(data)}.\n\nGive each vertex "
-            f"one of the colours 1 to {data['colours']} so that the two ends of every edge differ. Answer with the colours "
-            f"of the vertices in order, beginning with vertex 0, separated by blanks."
+            f"A graph has the vertices 0 to {data['vertices'] - 1} and these edges: {_edge_list(data)}.\n\nGive each "
+            f"vertex one of the colours 1 to {data['colours']} so that the two ends of every edge differ. Answer with "
+            f"the colours of the vertices in order, beginning with vertex 0, separated by blanks."
         )
 
     def accepts(self, data: Data, answer: str) -> bool:

@@ -34,15 +34,12 @@ class TowerOfHanoi(Task):
 
     def describe(self, data: Data) -> str:
         position = data["position"]
-        pegs = "\n".join(
-            f"{peg}: {' '.join(str(disk) for disk in range(len(position), 0, -1) if position[disk - 1] == peg) or 'empty'}"
-            for peg in _PEGS
-        )
+        pegs = "\n".join(f"{peg}: {' '.join(map(str, disks)) or 'empty'}" for peg, disks in _stacks(position).items())
         return (
-            f"The pegs A, B and C hold disks 1 (the smallest) to {len(position)}, written from the bottom up:\n\n{pegs}\n\n"
-            f"Bring all disks to peg {data['target']}, one at a time, taking only the top disk of a peg and never putting a "
-            f"disk on a smaller one, in at most {data['limit']} moves. Answer with the moves in order, from which peg to "
-            f"which, in this form: AC, AB, CB."
+            f"The pegs A, B and C hold disks 1 (the smallest) to {len(position)}, written from the bottom "
+            f"up:\n\n{pegs}\n\nBring all disks to peg {data['target']}, one at a time, taking only the top disk of a "
+            f"peg and never putting a disk on a smaller one, in at most {data['limit']} moves. Answer with the moves "
+            f"in order, from which peg to which, in this form: AC, AB, CB."
         )
 
     def accepts(self, data: Data, answer: str) -> bool:
@@ -50,7 +47,7 @@ class TowerOfHanoi(Task):
         if len(moves) > data["limit"]:
             return False
         position = data["position"]
-        pegs = {peg: [disk for disk in range(len(position), 0, -1) if position[disk - 1] == peg] for peg in _PEGS}
+        pegs = _stacks(position)
         for move in moves:
             if move is None or not pegs[move[1]]:
                 return False
@@ -74,6 +71,11 @@ class TowerOfHanoi(Task):
         spot = draw.below(len(moves))
         moves[spot] = moves[spot][1] * 2
         return ", ".join(moves)
+
+
+def _stacks(position: str) -> dict[str, list[int]]:
+    """The disks on each peg, the lowest first."""
+    return {peg: [disk for disk in range(len(position), 0, -1) if position[disk - 1] == peg] for peg in _PEGS}
 
 
 def _moves(position: list[str], target: str) -> list[str]:

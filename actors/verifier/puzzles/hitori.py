@@ -1,7 +1,7 @@
 """Hitori: shade cells so that no number is twice in a row or column, no shaded cells touch, all others hang together.
 
-A hidden shading is filled with a Latin square, whose shaded cells then repeat a number of their row or column. Solved by
-search: two equal numbers in a line, both unshaded, mean that one or the other is shaded. A cell without a double is
+A hidden shading is filled with a Latin square, whose shaded cells then repeat a number of their row or column. Solved
+by search: two equal numbers in a line, both unshaded, mean that one or the other is shaded. A cell without a double is
 never shaded: unshading it breaks no rule.
 """
 
@@ -42,9 +42,10 @@ class Hitori(Task):
         size = len(data["grid"])
         grid = "\n".join(" ".join(map(str, row)) for row in data["grid"])
         return (
-            f"Solve this hitori: shade cells so that among the unshaded cells no number stands twice in a row or column, "
-            f"no two shaded cells touch along an edge, and all unshaded cells hang together along edges.\n\n{grid}\n\n"
-            f"Answer with a line of {size} characters for each row: # for a shaded cell, . for any other."
+            f"Solve this hitori: shade cells so that among the unshaded cells no number stands twice in a row or "
+            f"column, no two shaded cells touch along an edge, and all unshaded cells hang together along "
+            f"edges.\n\n{grid}\n\nAnswer with a line of {size} characters for each row: # for a shaded cell, . for "
+            f"any other."
         )
 
     def accepts(self, data: Data, answer: str) -> bool:

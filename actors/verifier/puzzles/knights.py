@@ -52,8 +52,9 @@ class KnightsAndKnaves(Task):
         names = _NAMES[: len(data["claims"])]
         spoken = "\n".join(f"{name} says: {_say(claim)}." for name, claim in zip(names, data["claims"], strict=True))
         return (
-            f"On an island everybody is either a knight, who always tells the truth, or a knave, who always lies. You meet "
-            f"{', '.join(names)}.\n\n{spoken}\n\nWho is what? Answer with all names in this form: Ada=knight, Ben=knave."
+            f"On an island everybody is either a knight, who always tells the truth, or a knave, who always lies. You "
+            f"meet {', '.join(names)}.\n\n{spoken}\n\nWho is what? Answer with all names in this form: Ada=knight, "
+            f"Ben=knave."
         )
 
     def accepts(self, data: Data, answer: str) -> bool:
@@ -103,11 +104,11 @@ def _holds(claim: Claim, knights: list[bool]) -> bool:
     """Whether a claim is true, if these are the knights."""
     match claim:
         case ["knight", person, yes]:
-            return knights[person] is yes
+            return knights[person] == bool(yes)
         case ["same", a, b]:
             return knights[a] == knights[b]
         case ["count", count]:
-            return sum(knights) == count
+            return bool(sum(knights) == count)
         case ["and", a, b]:
             return _holds(a, knights) and _holds(b, knights)
         case ["or", a, b]:

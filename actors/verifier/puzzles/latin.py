@@ -70,7 +70,8 @@ class Futoshiki(_Latin):
     name = "futoshiki"
 
     _levels: ClassVar = [
-        (4, 8, 5), (4, 8, 3), (4, 8, 1), (5, 12, 6), (5, 14, 4), (5, 14, 2), (5, 16, 0), (6, 18, 6), (6, 22, 3), (6, 26, 0),
+        (4, 8, 5), (4, 8, 3), (4, 8, 1), (5, 12, 6), (5, 14, 4),
+        (5, 14, 2), (5, 16, 0), (6, 18, 6), (6, 22, 3), (6, 26, 0),
     ]  # fmt: skip
     """Size, number of signs, number of cells that are given."""
 
@@ -100,9 +101,10 @@ class Futoshiki(_Latin):
         grid = "\n".join("".join(line).rstrip() for line in canvas)
         return (
             f"Complete this futoshiki: each row and each column holds each number 1 to {size} once, and the signs "
-            f"between neighbours hold. < and > compare left with right; between two rows, ^ says that the number above "
-            f"is less than the number below, v that it is greater. Empty cells are written as dots.\n\n{grid}\n\nAnswer "
-            f"with the whole grid without signs, a line for each row, numbers separated by blanks."
+            f"between neighbours hold. < and > compare left with right; between two rows, ^ says that the number "
+            f"above is less than the number below, v that it is greater. Empty cells are written as "
+            f"dots.\n\n{grid}\n\nAnswer with the whole grid without signs, a line for each row, numbers separated by "
+            f"blanks."
         )
 
     def obeys(self, data: Data, rows: list[list[int]], columns: list[list[int]]) -> bool:
@@ -166,10 +168,10 @@ class Skyscrapers(_Latin):
         top, bottom = ("    " + " ".join(map(show, data[side])) for side in ("top", "bottom"))
         grid = "\n".join([top, rim, *middle, rim, bottom])
         return (
-            f"Fill the grid with the heights of skyscrapers: each row and each column holds each height 1 to {size} once. "
-            f"A number at the edge says how many skyscrapers are seen from there along the row or column: a higher one "
-            f"hides all lower ones behind it. A dot at the edge is no hint.\n\n{grid}\n\nAnswer with the heights alone, a "
-            f"line for each row, numbers separated by blanks."
+            f"Fill the grid with the heights of skyscrapers: each row and each column holds each height 1 to {size} "
+            f"once. A number at the edge says how many skyscrapers are seen from there along the row or column: a "
+            f"higher one hides all lower ones behind it. A dot at the edge is no hint.\n\n{grid}\n\nAnswer with the "
+            f"heights alone, a line for each row, numbers separated by blanks."
         )
 
     def obeys(self, data: Data, rows: list[list[int]], columns: list[list[int]]) -> bool:

@@ -1,4 +1,4 @@
-"""Light up (akari): bulbs that light all white cells of a grid, none shining on another, as many beside a wall as it says.
+"""Light up (akari): bulbs that light all white cells, none shining on another, as many beside a wall as it says.
 
 A hidden solution places bulbs in random order wherever it is dark, then some walls say what they see. Solved by search
 over bit sets, the dark cell with the fewest places for its bulb first.
@@ -45,9 +45,10 @@ class LightUp(Task):
         grid = "\n".join(data["grid"])
         return (
             f"Place light bulbs on white cells of this grid. A bulb lights its own cell and all cells in its row and "
-            f"column up to the next wall. Every white cell must be lit, no bulb may be lit by another bulb, and a wall "
-            f"with a number has exactly so many bulbs above, below, left and right of it. White cells are written . and "
-            f"walls # or their number.\n\n{grid}\n\nAnswer with the same grid, a line for each row, with * for each bulb."
+            f"column up to the next wall. Every white cell must be lit, no bulb may be lit by another bulb, and a "
+            f"wall with a number has exactly so many bulbs above, below, left and right of it. White cells are "
+            f"written . and walls # or their number.\n\n{grid}\n\nAnswer with the same grid, a line for each row, "
+            f"with * for each bulb."
         )
 
     def accepts(self, data: Data, answer: str) -> bool:

@@ -6,6 +6,7 @@ one of order 3; symbols are renamed, the square turned and mirrored.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import ClassVar
 
 from . import answers
@@ -46,7 +47,7 @@ class MagicSquare(Task):
     def accepts(self, data: Data, answer: str) -> bool:
         given, order = data["grid"], len(data["grid"])
         grid = answers.number_rows(answer, order, order)
-        if grid is None or sorted(sum(grid, [])) != list(range(1, order * order + 1)):
+        if grid is None or sorted(chain(*grid)) != list(range(1, order * order + 1)):
             return False
         if any(
             old and old != new for was, row in zip(given, grid, strict=True) for old, new in zip(was, row, strict=True)
@@ -58,7 +59,7 @@ class MagicSquare(Task):
 
     def solve(self, data: Data) -> str:
         order = len(data["grid"])
-        cells = sum(data["grid"], [])
+        cells: list[int] = [*chain(*data["grid"])]
         if not _complete(cells, _lines(order), order * (order * order + 1) // 2):
             raise unsolvable(self)
         return "\n".join(" ".join(map(str, cells[i : i + order])) for i in range(0, order * order, order))

@@ -40,9 +40,9 @@ class Maze(Task):
     def describe(self, data: Data) -> str:
         grid = "\n".join(data["grid"])
         return (
-            f"Find a way through this maze from S to E, cell by cell up, down, left and right, never onto a wall (#)."
-            f"\n\n{grid}\n\nAnswer with the moves as letters U, D, L, R in order, for example DDRRU. The last move must "
-            f"end on E."
+            f"Find a way through this maze from S to E, cell by cell up, down, left and right, never onto a wall "
+            f"(#).\n\n{grid}\n\nAnswer with the moves as letters U, D, L, R in order, for example DDRRU. The last "
+            f"move must end on E."
         )
 
     def accepts(self, data: Data, answer: str) -> bool:

@@ -40,10 +40,10 @@ class Minesweeper(Task):
     def describe(self, data: Data) -> str:
         grid = "\n".join(data["grid"])
         return (
-            f"This minesweeper field hides {data['mines']} mines under covered cells, written ?. A number says how many of "
-            f"the up to eight cells around it hold a mine; cells with a number hold none.\n\n{grid}\n\nFind places for all "
-            f"mines that agree with all numbers. Answer with a grid of the same size, a line for each row: * for a mine, "
-            f". for every other cell."
+            f"This minesweeper field hides {data['mines']} mines under covered cells, written ?. A number says how "
+            f"many of the up to eight cells around it hold a mine; cells with a number hold none.\n\n{grid}\n\nFind "
+            f"places for all mines that agree with all numbers. Answer with a grid of the same size, a line for each "
+            f"row: * for a mine, . for every other cell."
         )
 
     def accepts(self, data: Data, answer: str) -> bool:
@@ -129,8 +129,7 @@ def _settle(counts: list[Count]) -> tuple[int, list[Count]] | None:
         if found & safe:
             return None
         if not found | safe:
-            return mines, counts
+            return mines, [(cells, count) for cells, count in counts if cells]
         mines |= found
         known = found | safe
         counts = [(cells & ~known, count - (cells & found).bit_count()) for cells, count in counts]
-        counts = [(cells, count) for cells, count in counts if cells or count]

@@ -27,7 +27,8 @@ class _Painting(Task):
         if rows is None:
             return False
         columns = map("".join, zip(*rows, strict=True))
-        return data["rows"] == [self.hint(row) for row in rows] and data["columns"] == [self.hint(c) for c in columns]
+        found = [self.hint(row) for row in rows], [self.hint(column) for column in columns]
+        return (data["rows"], data["columns"]) == found
 
     def solve(self, data: Data) -> str:
         height, width = len(data["rows"]), len(data["columns"])
@@ -75,9 +76,9 @@ class Nonogram(_Painting):
             for side in ("row", "column")
         )
         return (
-            f"Paint cells of this nonogram. The numbers of a line are the lengths of its runs of black cells, in order, "
-            f"with at least one white cell between two runs.\n\n{rows}\n{columns}\n\nAnswer with the grid, a line of "
-            f"{width} characters for each row: # for black, . for white."
+            f"Paint cells of this nonogram. The numbers of a line are the lengths of its runs of black cells, in "
+            f"order, with at least one white cell between two runs.\n\n{rows}\n{columns}\n\nAnswer with the grid, a "
+            f"line of {width} characters for each row: # for black, . for white."
         )
 
     def hint(self, line: str) -> list[int]:
@@ -98,12 +99,12 @@ class Kakurasu(_Painting):
     def describe(self, data: Data) -> str:
         width = len(data["columns"])
         return (
-            f"Paint cells of a grid of {len(data['rows'])} rows and {width} columns. In a row, a black cell counts as the "
-            f"number of its column (1 is the leftmost); in a column, as the number of its row (1 is the topmost). The "
-            f"black cells of each line must add up to its sum.\n\nsums of the rows, from the top: "
+            f"Paint cells of a grid of {len(data['rows'])} rows and {width} columns. In a row, a black cell counts as "
+            f"the number of its column (1 is the leftmost); in a column, as the number of its row (1 is the topmost). "
+            f"The black cells of each line must add up to its sum.\n\nsums of the rows, from the top: "
             f"{' '.join(map(str, data['rows']))}\nsums of the columns, from the left: "
-            f"{' '.join(map(str, data['columns']))}\n\nAnswer with the grid, a line of {width} characters for each row: "
-            f"# for black, . for white."
+            f"{' '.join(map(str, data['columns']))}\n\nAnswer with the grid, a line of {width} characters for each "
+            f"row: # for black, . for white."
         )
 
     def hint(self, line: str) -> int:

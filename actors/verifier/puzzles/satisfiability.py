@@ -39,9 +39,9 @@ class Satisfiability(Task):
             for clause in data["clauses"]
         )
         return (
-            f"Find truth values of x1 to x{data['variables']} for which every one of these lines is true:\n\n{clauses}\n\n"
-            f"Answer with one letter for each variable in order, T for true and F for false, for example "
-            f"{'TF' * (data['variables'] // 2)}{'T' * (data['variables'] % 2)}."
+            f"Find truth values of x1 to x{data['variables']} for which every one of these lines is "
+            f"true:\n\n{clauses}\n\nAnswer with one letter for each variable in order, T for true and F for false, "
+            f"for example {'TF' * (data['variables'] // 2)}{'T' * (data['variables'] % 2)}."
         )
 
     def accepts(self, data: Data, answer: str) -> bool:
@@ -65,7 +65,7 @@ class Satisfiability(Task):
 
 
 def _satisfy(clauses: Clauses, true: frozenset[int]) -> frozenset[int] | None:
-    """The literals that are true in an assignment that satisfies `clauses`, besides those of `true`; None if none does."""
+    """`true` with literals that make all `clauses` true; None if none do."""
     if not clauses:
         return true
     shortest = min(clauses, key=len)

@@ -27,7 +27,8 @@ class SlidingPuzzle(Task):
     _levels: ClassVar = [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
 
     def invent(self, draw: Draw, level: int) -> Data:
-        board, last, limit = _GOAL, "", self._levels[level - 1]
+        board: Board = _GOAL
+        last, limit = "", self._levels[level - 1]
         while board == _GOAL:
             for _ in range(limit):
                 move = draw.pick([move for move in "UDLR" if move != _BACK.get(last) and _slide(board, move)])
@@ -37,21 +38,22 @@ class SlidingPuzzle(Task):
     def describe(self, data: Data) -> str:
         board, goal = _show(data["board"]), _show(_GOAL)
         return (
-            f"The tiles of this sliding puzzle can be slid into the gap, written _:\n\n{board}\n\nBring them into this "
-            f"order:\n\n{goal}\n\nYou may make at most {data['limit']} moves. Answer with the moves as letters U, D, L, R "
-            f"in order, for example URRD. Each letter says where the gap goes: U changes it with the tile above it, D with "
-            f"the one below, L with the one on its left, R with the one on its right."
+            f"The tiles of this sliding puzzle can be slid into the gap, written _:\n\n{board}\n\nBring them into "
+            f"this order:\n\n{goal}\n\nYou may make at most {data['limit']} moves. Answer with the moves as letters "
+            f"U, D, L, R in order, for example URRD. Each letter says where the gap goes: U changes it with the tile "
+            f"above it, D with the one below, L with the one on its left, R with the one on its right."
         )
 
     def accepts(self, data: Data, answer: str) -> bool:
         moves = answers.moves(answer, "UDLR")
         if moves is None or len(moves) > data["limit"]:
             return False
-        board: Board | None = tuple(data["board"])
+        board: Board = tuple(data["board"])
         for move in moves:
-            board = _slide(board, move)
-            if board is None:
+            after = _slide(board, move)
+            if after is None:
                 return False
+            board = after
         return board == _GOAL
 
     def solve(self, data: Data) -> str:

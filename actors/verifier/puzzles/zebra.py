@@ -71,9 +71,9 @@ class Zebra(Task):
         kinds = "\n".join(f"{name}: {', '.join(sorted(values))}" for name, values in categories)
         clues = "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
         return (
-            f"{houses} houses stand in a row, numbered from left to right. Each has one of each of these, and no two the "
-            f"same:\n\n{kinds}\n\n{clues}\n\nWhich house has what? Answer with a line for each house from left to right, with "
-            f"its {', '.join(name for name, _ in categories)}, in this order, separated by blanks."
+            f"{houses} houses stand in a row, numbered from left to right. Each has one of each of these, and no two "
+            f"the same:\n\n{kinds}\n\n{clues}\n\nWhich house has what? Answer with a line for each house from left to "
+            f"right, with its {', '.join(name for name, _ in categories)}, in this order, separated by blanks."
         )
 
     def accepts(self, data: Data, answer: str) -> bool:
@@ -130,13 +130,15 @@ def _true_clues(places: list[int], houses: int) -> Iterator[Clue]:
 
 def _true(clue: Clue, places: list[int], houses: int) -> bool:
     kind, (category, value), other = clue
-    here = places[category * houses + value]
+    here: int = places[category * houses + value]
     if kind == "at":
         return bool(here == other)
-    there = places[other[0] * houses + other[1]]
-    return {"same": here == there, "next": abs(here - there) == 1, "left": here + 1 == there, "before": here < there}[
-        kind
-    ]
+    there: int = places[other[0] * houses + other[1]]
+    if kind == "same":
+        return here == there
+    if kind == "next":
+        return abs(here - there) == 1
+    return here + 1 == there if kind == "left" else here < there
 
 
 def _arrangements(clues: list[Clue], houses: int, count: int) -> Iterator[list[int]]:
