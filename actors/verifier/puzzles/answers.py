@@ -40,10 +40,11 @@ def final_answer(text: str) -> str | None:
     if not marks:
         return None
     last = marks[-1]
-    rest = tail[last.end() : last.end() + MAX_ANSWER + 1]
+    rest = tail[last.end() :].strip()[: MAX_ANSWER + 1]
     found = _braced(rest) if last.group().endswith("{") else _paragraph(rest)
     if found is None or len(found) > MAX_ANSWER:
         return None
+    found = "\n".join(line for line in found.splitlines() if not line.startswith("```"))
     found = found.translate(_LOOK_ALIKES).replace("\\\\", "\n").strip("$ \t\n")
     if "\n" not in found and len(found) > 4 and found[:2] == found[-2:] == "**":
         found = found[2:-2]
@@ -60,8 +61,7 @@ def _braced(rest: str) -> str | None:
 
 
 def _paragraph(rest: str) -> str:
-    lines = [line for line in rest.strip().splitlines() if not line.startswith("```")]
-    return _BLANK_LINE.split("\n".join(lines), maxsplit=1)[0]
+    return _BLANK_LINE.split(rest, maxsplit=1)[0]
 
 
 def cells(answer: str, height: int, width: int, symbols: Container[str]) -> list[str] | None:
