@@ -14,9 +14,15 @@ import pytest
 
 from headrace.actors.verifier.puzzles import TASKS, generate
 
+ONE_SOLUTION = {"binario", "sudoku", "knights_and_knaves", "zebra"}
+"""Tasks whose generator promises it."""
+
+_invented = []
+
 
 def invented(task, level, ordinal):
-    return generate(task, seed=3, ordinal=ordinal, difficulty=level).data
+    _invented.append(generate(task, seed=3, ordinal=ordinal, difficulty=level).data)
+    return _invented[-1]
 
 
 def grids(symbols, height, width):
@@ -97,16 +103,23 @@ def latin(answer):
     return all(len(set(line)) == len(cells) for line in (*cells, *cells.T))
 
 
+def fitting(rows, given):
+    return [row for row in rows if all(old in (0, int(new)) for old, new in zip(given, row, strict=True))]
+
+
 def sudoku_cases():
     given = [[1, 2, 3, 4], [0, 0, 0, 0], [0, 0, 0, 0], [0, 3, 0, 0]]
 
     def right(data, answer):
         cells = array(answer)
         boxes = [cells[r : r + 2, c : c + 2].ravel() for r in (0, 2) for c in (0, 2)]
-        return latin(answer) and all(len(set(box)) == 4 for box in boxes) and given_agree(given, answer)
+        return latin(answer) and all(len(set(box)) == 4 for box in boxes) and given_agree(data["grid"], answer)
 
     rows = ["".join(row) for row in permutations("1234")]
     candidates = ["\n".join(["1234", *lower]) for lower in product(rows, repeat=3)]
+    made = invented("sudoku", 2, 0)
+    every = ["\n".join(chosen) for chosen in product(*(fitting(rows, was) for was in made["grid"]))]
+    yield "sudoku", made, every, right
     yield "sudoku", {"grid": given}, [*candidates, "1234\n3412\n2143\n4331", "2134\n3412\n1243\n4321"], right
 
 
@@ -407,6 +420,8 @@ def test_accepted_are_exactly_the_right_answers(task, data, candidates, right):
     candidates = list(candidates)
     expected = {answer for answer in candidates if right(data, answer)}
     assert {answer for answer in candidates if TASKS[task].accepts(data, answer)} == expected
+    if task in ONE_SOLUTION and any(data is made for made in _invented):
+        assert len(expected) == 1
     if expected:
         assert right(data, TASKS[task].solve(data))
     else:

@@ -20,7 +20,13 @@ MAX_TAIL = 1 << 16
 MAX_ANSWER = 4096
 """Characters of the longest answer."""
 
-_MARK = re.compile(r"\\boxed ?\{|^[ *#>]{0,8}(?:final )?answer[ *]{0,4}:\*{0,2}", re.IGNORECASE | re.MULTILINE)
+_MARKS = {
+    "\\boxed": re.compile(r"\\boxed ?\{"),
+    **{word: re.compile(rf"{word}[ *]{{0,4}}:\*{{0,2}}") for word in ("Answer", "answer", "ANSWER")},
+}
+_LINE_START = re.compile(r"(?:^|\n)[ *#>]{0,8}(?:final )?$", re.IGNORECASE)
+_MAX_START = 16
+"""Characters of the longest text that _LINE_START matches."""
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _LOOK_ALIKES = str.maketrans({"×": "*", "·": "*", "∗": "*", "÷": "/", "∕": "/", "−": "-", "–": "-", "\r": None})  # noqa: RUF001
 _SEPARATORS = str.maketrans(",;|[]()", "       ")
@@ -36,12 +42,11 @@ def final_answer(text: str) -> str | None:
     the fences of a code block and the stars of one bold line as nothing.
     """
     tail = text[-MAX_TAIL:]
-    marks = list(_MARK.finditer(tail))
-    if not marks:
+    last = _last_mark(tail)
+    if last is None:
         return None
-    last = marks[-1]
     rest = tail[last.end() :].strip()[: MAX_ANSWER + 1]
-    found = _braced(rest) if last.group().endswith("{") else _paragraph(rest)
+    found = _braced(rest) if last[0].endswith("{") else _paragraph(rest)
     if found is None or len(found) > MAX_ANSWER:
         return None
     found = "\n".join(line for line in found.splitlines() if not line.startswith("```"))
@@ -49,6 +54,26 @@ def final_answer(text: str) -> str | None:
     if "\n" not in found and len(found) > 4 and found[:2] == found[-2:] == "**":
         found = found[2:-2]
     return found if found and found.isascii() else None
+
+
+def _last_mark(tail: str) -> re.Match[str] | None:
+    """Found from the end by plain search, which costs far less than a regular expression over all of a response."""
+    last, begin = None, -1
+    for word, pattern in _MARKS.items():
+        at = tail.rfind(word)
+        while at > begin:
+            mark = pattern.match(tail, at)
+            if mark is not None and (word[0] == "\\" or _begins_line(tail, at)):
+                last, begin = mark, at
+            at = tail.rfind(word, 0, at)
+    return last
+
+
+def _begins_line(tail: str, start: int) -> bool:
+    """Whether a line begins at `start`, but for bullets, stars and the word "final"."""
+    before = tail[max(start - _MAX_START, 0) : start]
+    match = _LINE_START.search(before)
+    return match is not None and (match[0][:1] == "\n" or len(before) == start)
 
 
 def _braced(rest: str) -> str | None:

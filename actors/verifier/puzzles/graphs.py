@@ -29,7 +29,7 @@ def _edge_list(data: Data) -> str:
 class HamiltonianPath(Task):
     name = "hamiltonian_path"
 
-    _levels: ClassVar = [4, 5, 6, 7, 8, 9, 10, 11, 12, 14]
+    _levels: ClassVar = [4, 5, 6, 7, 8, 10, 12, 14, 16, 18]
 
     def invent(self, draw: Draw, level: int) -> Data:
         count = self._levels[level - 1]
@@ -90,7 +90,7 @@ def _walk(near: list[set[int]], path: list[int], dead: set[tuple[frozenset[int],
 class GraphColouring(Task):
     name = "graph_colouring"
 
-    _levels: ClassVar = [(4, 3), (5, 3), (6, 3), (7, 3), (8, 3), (9, 3), (10, 3), (12, 3), (14, 3), (16, 4)]
+    _levels: ClassVar = [(4, 3), (5, 3), (6, 3), (7, 3), (8, 3), (9, 3), (10, 3), (13, 3), (16, 3), (20, 4)]
     """Number of vertices and of colours."""
 
     def invent(self, draw: Draw, level: int) -> Data:

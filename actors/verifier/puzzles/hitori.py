@@ -21,7 +21,7 @@ Cell = tuple[int, int]
 class Hitori(Task):
     name = "hitori"
 
-    _levels: ClassVar = [(3, 1), (4, 2), (4, 3), (5, 4), (5, 5), (6, 6), (6, 8), (7, 10), (8, 12), (8, 15)]
+    _levels: ClassVar = [(3, 1), (4, 2), (4, 3), (5, 4), (5, 5), (6, 6), (6, 8), (7, 11), (8, 14), (9, 19)]
     """Size and most cells that are shaded in the hidden solution."""
 
     def invent(self, draw: Draw, level: int) -> Data:

@@ -24,7 +24,7 @@ class Minesweeper(Task):
 
     _levels: ClassVar = [
         (3, 2, 0.8), (4, 3, 0.75), (4, 4, 0.7), (5, 4, 0.7), (5, 6, 0.65),
-        (6, 7, 0.65), (6, 9, 0.6), (7, 10, 0.6), (7, 12, 0.55), (8, 14, 0.55),
+        (6, 7, 0.65), (7, 10, 0.6), (8, 14, 0.55), (9, 18, 0.55), (10, 22, 0.5),
     ]  # fmt: skip
     """Size, number of mines, share of the safe cells that are open."""
 

@@ -64,7 +64,7 @@ class _Painting(Task):
 class Nonogram(_Painting):
     name = "nonogram"
 
-    _levels: ClassVar = [3, 4, 5, 5, 6, 7, 8, 9, 10, 11]
+    _levels: ClassVar = [3, 4, 5, 5, 6, 7, 8, 10, 12, 14]
 
     def invent(self, draw: Draw, level: int) -> Data:
         return self._paint(draw, self._levels[level - 1], 0.6)

@@ -19,7 +19,7 @@ Clauses = list[list[int]]
 class Satisfiability(Task):
     name = "satisfiability"
 
-    _levels: ClassVar = [(3, 6), (4, 10), (5, 14), (6, 18), (7, 22), (8, 28), (9, 34), (10, 40), (12, 48), (15, 62)]
+    _levels: ClassVar = [(3, 6), (4, 10), (5, 14), (6, 18), (7, 22), (8, 28), (9, 34), (10, 40), (14, 57), (20, 82)]
     """Number of variables and of clauses of three."""
 
     def invent(self, draw: Draw, level: int) -> Data:

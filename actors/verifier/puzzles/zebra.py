@@ -3,7 +3,8 @@
     clue = ["at", item, house] | ["same" | "next" | "left" | "before", item, item]      item = [category, value]
 
 A solution is drawn, then clues that are true of it, until a search finds no other arrangement: each clue added is one
-that the other arrangement breaks. Solved by narrowing, for each item, the set of houses where it can be.
+that the other arrangement breaks, if possible no weak one ("before"). Then every clue that the rest makes needless is
+taken out. Solved by narrowing, for each item, the set of houses where it can be.
 """
 
 from __future__ import annotations
@@ -45,14 +46,20 @@ class Zebra(Task):
         houses, count = self._levels[level - 1]
         categories = [[name, draw.sample(values, houses)] for name, values in draw.sample(_CATEGORIES, count)]
         places = [place for _ in categories for place in draw.shuffled(range(houses))]
-        pool = draw.shuffled(_true_clues(places, houses))
+        pool = sorted(draw.shuffled(_true_clues(places, houses)), key=lambda clue: bool(clue[0] == "before"))
+
+        def another(clues: list[Clue]) -> list[int] | None:
+            """An arrangement besides the hidden one for which `clues` hold."""
+            return next((found for found in _arrangements(clues, houses, count) if found != places), None)
+
         clues: list[Clue] = []
-        data = {"categories": categories, "clues": clues}
-        while (
-            other := next((found for found in _arrangements(clues, houses, count) if found != places), None)
-        ) is not None:
+        while (other := another(clues)) is not None:
             clues.append(next(clue for clue in pool if not _true(clue, other, houses)))
-        return data
+        for clue in list(clues):
+            rest = [kept for kept in clues if kept is not clue]
+            if another(rest) is None:
+                clues = rest
+        return {"categories": categories, "clues": clues}
 
     def describe(self, data: Data) -> str:
         categories = data["categories"]
