@@ -58,8 +58,8 @@ class KnightsAndKnaves(Task):
         )
 
     def accepts(self, data: Data, answer: str) -> bool:
-        kinds = answers.pairs(answer)
-        names = _NAMES[: len(data["claims"])]
+        kinds = answers.pairs(answer.lower())
+        names = [name.lower() for name in _NAMES[: len(data["claims"])]]
         if kinds is None or kinds.keys() != set(names) or not set(kinds.values()) <= set(_KINDS):
             return False
         knights = [kinds[name] == "knight" for name in names]
