@@ -68,10 +68,12 @@ def arithmetic_case(task, numbers, target):
 def cryptarithm_cases():
     def right(data, answer):
         digit = dict(part.split("=") for part in answer.split(", "))
+        if not set(digit.values()) <= set("0123456789"):
+            return False
         ab, ba, cac = (int("".join(digit[letter] for letter in word)) for word in ("AB", "BA", "CAC"))
         return "0" not in (digit["A"], digit["B"], digit["C"]) and len(set(digit.values())) == 3 and ab + ba == cac
 
-    candidates = [f"A={a}, B={b}, C={c}" for a, b, c in product(range(10), repeat=3)]
+    candidates = [f"A={a}, B={b}, C={c}" for a, b, c in product([*range(10), 12, "x"], repeat=3)]
     yield "cryptarithm", {"addends": ["AB", "BA"], "total": "CAC"}, candidates, right
 
 

@@ -1,14 +1,15 @@
 """Adapts the difficulty of a task to the pass rate of the policy.
 
-         pass rate (running mean)
-    1.0 ------------------------------   above `high`: one level up
-         high 0.7  . . . . . . . . . .
-                     stays               a group whose answers are neither all right nor all wrong has an advantage
-         low  0.3  . . . . . . . . . .
-    0.0 ------------------------------   below `low`: one level down
+    pass rate of the last `patience` answers
+    1.0 -------------------------------------   above `high`: one level up
+        high 0.7  . . . . . . . . . . . . . .
+                  stays: groups are mixed, so they have an advantage
+        low  0.3  . . . . . . . . . . . . . .
+    0.0 -------------------------------------   below `low`: one level down
 
-After a step the mean begins anew, and nothing moves before `patience` answers are seen at the new level: otherwise one
-lucky group would climb several levels. The state is a plain dict for the checkpoint. Knows nothing of tasks.
+Answers are counted in batches of `patience`, each begun anew, so that one lucky group can't climb several levels. Only
+answers of the present level count: those of another are late, and say nothing of this one. The state is a plain dict
+for the checkpoint. Knows nothing of tasks.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ class Ladder:
     high: float = 0.7
     """The band in which the pass rate shall be."""
     patience: int = 32
-    """Answers at a level before it may change."""
+    """Answers at a level between two decisions."""
     num_seen: int = 0
+    """answers of the present level since the last decision"""
     num_passed: int = 0
 
     def __post_init__(self) -> None:
@@ -41,7 +43,7 @@ class Ladder:
             raise ValueError(f"a ladder's patience is at least 1 answer, got {self.patience}")
 
     def observe(self, level: int, *, passed: bool) -> None:
-        """Counts a judged answer. One of another level than the present is late, and says nothing of this one."""
+        """Counts a judged answer to a puzzle of `level`."""
         if level != self.level:
             return
         self.num_seen += 1
