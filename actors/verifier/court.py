@@ -94,16 +94,19 @@ class Court:
         return verdict
 
     async def _reach(self, case: Case) -> Verdict:
+        limit = asyncio.timeout(self._care.deadline_s)
+        self._budget.earn()
         last: Verdict | None = None
         try:
-            async with asyncio.timeout(self._care.deadline_s) as limit:
-                self._budget.earn()
-                for attempt in range(self._care.attempts):
+            async with limit:
+                for attempt in range(1, self._care.attempts + 1):
                     last = await self._judge(case)
-                    if not last.retryable or attempt + 1 == self._care.attempts or not self._budget.spend():
-                        return last
+                    if not last.retryable or attempt == self._care.attempts or not self._budget.spend():
+                        break
                     self.metrics.count("retries")
-                    await asyncio.sleep(self._care.pause_s * 2**attempt)
+                    await asyncio.sleep(self._care.pause_s * 2 ** (attempt - 1))
+                assert last is not None
+                return last
         except TimeoutError:
             if not limit.expired():
                 raise

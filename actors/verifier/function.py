@@ -39,7 +39,7 @@ def load_function(path: str) -> Any:
                 f"function {path}: there is no module {error.name}; is its folder on PYTHONPATH?"
             ) from None
         raise ValueError(f"function {path}: {module_name} needs {error.name!r}, which is not installed") from None
-    except Exception as error:  # noqa: BLE001  # Whatever the user's module does when it is imported.
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # Whatever it does.
         raise ValueError(f"function {path}: {module_name} can't be imported: {type(error).__name__}: {error}") from None
     found = getattr(module, name, None)
     if found is None:
@@ -71,10 +71,10 @@ def check_options(found: Any, options: Mapping[str, Any]) -> None:
         raise ValueError(f"options don't fit {found.__name__}(): {error}") from None
 
 
-def ask(function: Function, case: Case) -> Verdict:
-    """The verdict by `function`: an error value for whatever it raises, and for what is no bool or finite number."""
+def ask(function: Callable[[], Function], case: Case) -> Verdict:
+    """The verdict by what `function` makes; what it raises, or returns that is no finite number, is an error value."""
     try:
-        answer = function(case.question, case.reference, case.response)
+        answer = function()(case.question, case.reference, case.response)
         if isinstance(answer, bool):
             return Verdict(correct=answer)
         return Verdict(correct=float(answer) > 0, reward=float(answer))

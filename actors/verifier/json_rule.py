@@ -20,7 +20,7 @@ from .case import BadReference, Case
 from .extract import MAX_CHARS, after_thinking
 from .policies import JsonPolicy
 
-_FENCE = re.compile(r"```[a-zA-Z]{0,16}\n")
+_BLOCK = re.compile(r"```[a-zA-Z]{0,16}\n(.*?)```", re.DOTALL)
 
 
 def check(reference: str, policy: JsonPolicy) -> None:
@@ -59,8 +59,8 @@ def _schema(text: str) -> Draft202012Validator:
 def _document(response: str, *, fenced: bool) -> str:
     """The document's characters as they are: a string in JSON may hold any."""
     text = after_thinking(response) if len(response) <= MAX_CHARS else ""
-    fences = list(_FENCE.finditer(text)) if fenced else []
-    return text[fences[-1].end() :].partition("```")[0] if fences else text
+    blocks = _BLOCK.findall(text) if fenced else []
+    return str(blocks[-1]) if blocks else text
 
 
 def _refuse(name: str) -> NoReturn:

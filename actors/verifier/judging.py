@@ -33,7 +33,9 @@ class InProcess:
     def __init__(self, name: str, policies: Policies) -> None:
         rule = find_rule(name)
         self._judge, _ = rule.load()
-        self._policies = {dataset: build_policy(rule.policy, values) for dataset, values in policies.items()}
+        self._policies: dict[str, Any] = {
+            dataset: build_policy(rule.policy, values) for dataset, values in policies.items()
+        }
 
     async def judge(self, case: Case) -> Verdict:
         try:

@@ -85,13 +85,14 @@ def build_policy(cls: type[P], values: Mapping[str, Any]) -> P:
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise ValueError(f"policy has no key {key!r}{nearest(key, known, otherwise=_choices(known))}")
+            raise ValueError(f"unknown key {key!r}{nearest(key, known, otherwise=_choices(known))}")
     try:
         return TypeAdapter(cls).validate_json(pydantic_core.to_json(dict(values)), strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))
-        raise ValueError(f"policy {where}: {problem['msg']}, got {problem['input']!r}") from None
+        rule = problem["msg"].replace("Input should be", "must be")
+        raise ValueError(f"{where} {rule}, got {problem['input']!r}") from None
 
 
 def _choices(known: Mapping[str, Any]) -> str:

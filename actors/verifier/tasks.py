@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 from .case import BadReference, Case
@@ -43,11 +44,9 @@ def rule(name: str, policies: Mapping[str, Mapping[str, Any]]) -> Callable[[Any]
 def function(path: str, options: Mapping[str, Any]) -> Callable[[Any], Report]:
     """Judges by the user's function or class; an instance is made by each worker, when its first case comes."""
     found = load_function(path)
-    made: list[Any] = []
+    judge = cache(lambda: make(found, options))
 
     def answer(request: Mapping[str, Any]) -> Report:
-        if not made:
-            made.append(make(found, options))
-        return {"verdict": asdict(ask(made[0], Case(**request["case"])))}
+        return {"verdict": asdict(ask(judge, Case(**request["case"])))}
 
     return answer

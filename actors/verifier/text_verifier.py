@@ -56,13 +56,16 @@ class TextVerifier(Actor):
         if bool(self.rule) == bool(self.function):
             raise ValueError(f"rule or function must be set, one of them; got {self.rule!r} and {self.function!r}")
         if self.rule:
-            for values in self._policies().values():
-                build_policy(find_rule(self.rule).policy, values)
+            for dataset, values in self._policies().items():
+                try:
+                    build_policy(find_rule(self.rule).policy, values)
+                except ValueError as error:
+                    raise ValueError(f"{f'policies {dataset}:' if dataset else 'policy'} {error}") from None
             if self.options:
-                raise ValueError("options are for a class that function names; a rule's settings are its policy")
+                raise ValueError("options need a class that function names; a rule's settings are its policy")
         else:
             if self.policy or self.policies:
-                raise ValueError("policy is for a rule; what a class is to be told are its options")
+                raise ValueError("policy needs a rule; what a class is to be told are its options")
             check_options(load_function(self.function), self.options)
 
     async def start(self) -> None:

@@ -72,6 +72,7 @@ class WorkerPool:
         }
         self._slots = asyncio.Semaphore(size)
         self._idle: list[_Worker] = []
+        self._busy: set[_Worker] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -81,12 +82,14 @@ class WorkerPool:
             if self._closed:
                 raise WorkerFailed("the verifier is shutting down", retryable=False)
             worker = self._idle.pop() if self._idle else _Worker(self._spec)
+            self._busy.add(worker)
             healthy = False
             try:
                 report = await worker.ask(pack(request))
                 healthy = not self._closed
                 return report
             finally:
+                self._busy.remove(worker)
                 if healthy:
                     self._idle.append(worker)
                 else:
@@ -98,7 +101,7 @@ class WorkerPool:
         """Ends all workers, within about STOP_S. May be called twice."""
         self._closed = True
         idle, self._idle = self._idle, []
-        await asyncio.gather(*(worker.end() for worker in idle), *self._ending)
+        await asyncio.gather(*(worker.end() for worker in (*idle, *self._busy)), *self._ending)
 
     @property
     def pids(self) -> list[int]:
