@@ -78,7 +78,7 @@ def message(text: str) -> str:
         ('function = "verifier_functions:later"', "is async"),
         ('function = "verifier_functions:judge"\noptions = {a = 1}', "a function has none"),
         ('function = "verifier_functions:Closeness"\noptions = {a = 1}', "options don't fit Closeness()"),
-        ('function = "verifier_functions:judge"\npolicy = {decimals = 2}', needs a rule"),
+        ('function = "verifier_functions:judge"\npolicy = {decimals = 2}', "needs a rule"),
     ],
 )
 def test_each_mistake_gets_one_message(text, expected):
