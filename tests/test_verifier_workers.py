@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hostile_answers import HOSTILE, MARKER, WANTED, dressed
+from hostile_answers import HOSTILE, MARKER, WANTED
 from sample_actors import until
 
 from headrace.actors.verifier.case import Case
@@ -73,27 +73,17 @@ def test_the_hostile_set_is_large_enough():
     assert len(HOSTILE) == len(set(HOSTILE)) >= 60
 
 
-async def check_hostile(opened, tmp_path, monkeypatch, answers: list[str]) -> None:
+@pytest.mark.slow
+async def test_hostile_answers_end_with_a_verdict_and_nothing_runs(opened, tmp_path, monkeypatch):
     marker = tmp_path / "marker"
     monkeypatch.setenv("HEADRACE_SECRET", "sesame")
-    judging = opened(by_rule("math", Limits(cpu_s=0.5, wall_s=60.0), workers=2))
-    texts = [text.replace(MARKER, str(marker)) for text in answers]
+    judging = opened(by_rule("math", Limits(cpu_s=0.3, wall_s=60.0), workers=2))
+    texts = [text.replace(MARKER, str(marker)) for text in HOSTILE]
     verdicts = await asyncio.gather(*(judging.judge(case(text)) for text in texts))
-    wrong = [(text[:60], v) for text, v in zip(texts, verdicts, strict=True) if v.correct or v.error]
-    assert not wrong
-    assert not marker.exists() and not [p for p in Path.cwd().iterdir() if p.name == "marker"]
+    assert not [(text[:60], v) for text, v in zip(texts, verdicts, strict=True) if v.correct or v.error]
+    assert not marker.exists()
     assert all("sesame" not in v.note for v in verdicts)
     assert (await judging.judge(case(f"\\boxed{{{WANTED}}}"))).correct
-
-
-async def test_code_and_confusion_end_with_a_verdict_and_nothing_runs(opened, tmp_path, monkeypatch):
-    small = [text for text in HOSTILE if len(text) < 200]
-    await check_hostile(opened, tmp_path, monkeypatch, small)
-
-
-@pytest.mark.slow
-async def test_the_whole_hostile_set(opened, tmp_path, monkeypatch):
-    await check_hostile(opened, tmp_path, monkeypatch, dressed())
 
 
 async def test_other_rules_are_killed_in_time_too(opened):

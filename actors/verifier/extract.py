@@ -73,15 +73,22 @@ def boxed(text: str) -> list[str]:
 
 def plain(text: str) -> str:
     """`text` without invisible characters, and with ASCII digits, signs and spaces for those of other scripts."""
-    if text.isascii():
-        return text
-    return "".join(map(_plain_char, text.translate(_LOOKS_LIKE)))
+    return text if text.isascii() else text.translate(_PLAIN)
 
 
-def _plain_char(char: str) -> str:
-    if char.isascii():
+class _Plain(dict[int, str]):
+    """What each character reads as, by its code; remembers some, since translate() asks for each one."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        category = unicodedata.category(char)
+        if category in ("Cf", "Cs"):
+            char = ""
+        elif category == "Nd":
+            char = str(unicodedata.decimal(char))
+        if len(self) < 10_000:
+            self[code] = char
         return char
-    category = unicodedata.category(char)
-    if category in ("Cf", "Cs"):
-        return ""
-    return str(unicodedata.decimal(char)) if category == "Nd" else char
+
+
+_PLAIN = _Plain(_LOOKS_LIKE)

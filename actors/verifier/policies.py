@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar
 
-import pydantic_core
 from annotated_types import Ge, Le, MinLen
-from pydantic import TypeAdapter, ValidationError
 
 from ...runtime.toml import nearest
 
@@ -82,6 +80,9 @@ MATH_POLICIES = {
 
 def build_policy(cls: type[P], values: Mapping[str, Any]) -> P:
     """The policy with `values`. Raises ValueError that names the key, the rule and the value."""
+    import pydantic_core  # Here only: a node whose verifier has no policy starts without it.
+    from pydantic import TypeAdapter, ValidationError
+
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:

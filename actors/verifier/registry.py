@@ -31,11 +31,15 @@ class Rule:
     policy: type
     killable: bool
     """Whether it may take forever, or too much memory, so that it runs in a worker process only."""
+    sample: Case | None = None
+    """Judged once before children are forked, so that each starts with what the rule's libraries build up."""
 
     def load(self) -> tuple[Judge, Check]:
         """Imports the code."""
         return _load(self.judge), _load(self.check)
 
+
+HALF = Case(reference=r"\frac{1}{2}", response=r"So \boxed{0.5}, or $\frac{2}{4}$.")
 
 RULES = {
     rule.name: rule
@@ -44,7 +48,7 @@ RULES = {
         Rule("multiple_choice", "text_rules:multiple_choice", "text_rules:check_choice", ChoicePolicy, killable=False),
         Rule("regex", "text_rules:regex", "text_rules:check_regex", RegexPolicy, killable=True),
         Rule("json_schema", "json_rule:judge", "json_rule:check", JsonPolicy, killable=True),
-        Rule("math", "math_rule:judge", "math_rule:check", MathPolicy, killable=True),
+        Rule("math", "math_rule:judge", "math_rule:check", MathPolicy, killable=True, sample=HALF),
     )
 }
 

@@ -25,6 +25,9 @@ def rule(name: str, policies: Mapping[str, Mapping[str, Any]]) -> Callable[[Any]
     judge, check = found.load()
     built: dict[str, Any] = {dataset: build_policy(found.policy, values) for dataset, values in policies.items()}
 
+    if found.sample is not None:
+        judge(found.sample, built[""])
+
     def answer(request: Mapping[str, Any]) -> Report:
         case = Case(**request["case"])
         policy = built.get(case.dataset, built[""])

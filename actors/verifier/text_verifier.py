@@ -54,7 +54,7 @@ class TextVerifier(Actor):
 
     def __post_init__(self) -> None:
         if bool(self.rule) == bool(self.function):
-            raise ValueError(f"rule or function must be set, one of them; got {self.rule!r} and {self.function!r}")
+            raise ValueError(f"rule must be set, or function, one of them; got {self.rule!r} and {self.function!r}")
         if self.rule:
             for dataset, values in self._policies().items():
                 try:
