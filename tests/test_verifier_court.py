@@ -13,6 +13,11 @@ from headrace.actors.verifier.court import Care, Court, RetryBudget
 from headrace.actors.verifier.judging import InProcess
 from headrace.actors.verifier.metrics import VerdictMetrics
 
+
+def court_of(judge, care, places=4):
+    return Court(judge, care, places=places)
+
+
 PASSING = Verdict(correct=False, error="busy", kind="busy", retryable=True)
 LASTING = Verdict(correct=False, error="broken", kind="broken")
 RIGHT = Verdict(correct=True)
@@ -42,7 +47,7 @@ def case(text: str = "x", **fields: str) -> Case:
 
 async def test_a_verdict_is_cached_by_content_and_an_error_is_not():
     script = Script(RIGHT)
-    court = Court(script, Care(cache_size=2))
+    court = court_of(script, Care(cache_size=2))
     assert [await court.verdict(case(t, row=t * 2)) for t in "aab"] == [RIGHT] * 3 and script.asked == 2
     await court.verdict(case("a", row="another name"))
     assert script.asked == 2, "a row is only a name"
@@ -53,7 +58,7 @@ async def test_a_verdict_is_cached_by_content_and_an_error_is_not():
     assert script.asked == 5, "the one used least lately was forgotten"
     assert court.metrics.snapshot()["cache_hits"] == 2
     failing = Script(LASTING, RIGHT)
-    court = Court(failing, Care())
+    court = court_of(failing, Care())
     assert (await court.verdict(case())).error and (await court.verdict(case())).correct
 
 
@@ -65,39 +70,39 @@ def test_digests_keep_the_parts_apart():
 
 async def test_errors_that_may_pass_by_are_tried_again():
     script = Script(PASSING, PASSING, RIGHT)
-    court = Court(script, Care(attempts=3, pause_s=0.0))
+    court = court_of(script, Care(attempts=3, pause_s=0.0))
     assert await court.verdict(case()) is RIGHT and court.metrics.snapshot()["retries"] == 2
     script = Script(LASTING)
-    assert await Court(script, Care(attempts=3)).verdict(case()) is LASTING and script.asked == 1
+    assert await court_of(script, Care(attempts=3)).verdict(case()) is LASTING and script.asked == 1
     script = Script(PASSING)
-    assert await Court(script, Care(attempts=3, pause_s=0.0)).verdict(case()) is PASSING and script.asked == 3
+    assert await court_of(script, Care(attempts=3, pause_s=0.0)).verdict(case()) is PASSING and script.asked == 3
 
 
 async def test_where_everything_fails_the_load_hardly_grows():
     script = Script(PASSING)
-    court = Court(script, Care(attempts=5, retry_share=0.1, pause_s=0.0, cache_size=0))
+    court = court_of(script, Care(attempts=5, retry_share=0.1, pause_s=0.0, cache_size=0))
     for i in range(300):
         await court.verdict(case(str(i)))
     assert 300 < script.asked <= 300 * 1.1 + RetryBudget.RESERVE
 
 
 async def test_past_the_deadline_there_is_an_error_value_that_says_why():
-    court = Court(Script(RIGHT, seconds=3600), Care(deadline_s=0.05))
+    court = court_of(Script(RIGHT, seconds=3600), Care(deadline_s=0.05))
     verdict = await court.verdict(case(row="set:7"))
     assert (verdict.kind, verdict.retryable) == ("deadline", True) and verdict.error.startswith("set:7: no verdict")
-    court = Court(Script(PASSING), Care(deadline_s=0.05, pause_s=3600.0))
+    court = court_of(Script(PASSING), Care(deadline_s=0.05, pause_s=3600.0))
     assert (await court.verdict(case())).error.endswith("the last attempt: busy")
 
 
 async def test_waiting_for_a_place_is_not_counted_and_places_are_few():
     script = Script(RIGHT, seconds=0.02)
-    court = Court(script, Care(concurrency=2, deadline_s=30.0))
+    court = court_of(script, Care(deadline_s=30.0), places=2)
     verdicts = await asyncio.gather(*(court.verdict(case(str(i))) for i in range(20)))
     assert verdicts == [RIGHT] * 20 and script.most == 2
 
 
 async def test_a_caller_that_gives_up_frees_its_place():
-    court = Court(Script(RIGHT, seconds=3600), Care(concurrency=1))
+    court = court_of(Script(RIGHT, seconds=3600), Care(), places=1)
     for _ in range(3):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.02):

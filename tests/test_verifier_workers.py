@@ -86,6 +86,18 @@ async def test_hostile_answers_end_with_a_verdict_and_nothing_runs(opened, tmp_p
     assert (await judging.judge(case(f"\\boxed{{{WANTED}}}"))).correct
 
 
+async def test_the_alarm_rings_if_a_rule_is_misled(functions, tmp_path, monkeypatch):
+    monkeypatch.setenv("HEADRACE_SECRET", "sesame")
+    judging = functions("betray")
+    judging._pool._spec["harden"] = True  # As a rule of ours would run.
+    marker = tmp_path / "marker"
+    for response in ("write", "run", "fork"):
+        verdict = await judging.judge(case(response, reference=str(marker)))
+        assert "tried what is forbidden" in verdict.error and not marker.exists()
+    assert not (await judging.judge(case("environment"))).correct
+    assert (await judging.judge(case("read"))).correct, "libraries load parts of themselves late"
+
+
 async def test_other_rules_are_killed_in_time_too(opened):
     regex = opened(by_rule("regex", Limits(cpu_s=0.3, wall_s=60.0)))
     verdict = await regex.judge(case("a" * 40 + "b", reference="(a+)+"))

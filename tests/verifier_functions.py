@@ -53,6 +53,22 @@ def misbehave(question: str, reference: str, response: str) -> object:
     return True
 
 
+def betray(question: str, reference: str, response: str) -> bool:
+    """Does what a rule that evaluates answers would be made to do; right if it gets away with it."""
+    match response:
+        case "write":
+            open(reference, "w").close()
+        case "run":
+            os.system(f"touch {reference}")
+        case "fork":
+            os.fork()
+        case "environment":
+            return "HEADRACE_SECRET" in os.environ
+        case "read":
+            return len(open(__file__).read()) > 0
+    return True
+
+
 class CannotBeMade:
     def __init__(self) -> None:
         raise OSError("no model file")

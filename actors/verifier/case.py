@@ -33,5 +33,9 @@ class Case:
         return digest.digest()
 
 
+PAST_LIMITS = "past the limits: "
+"""How the note begins of a response that is incorrect because it was too much for its process."""
+
+
 class BadReference(ValueError):
     """The reference itself can't be used, so nothing can be judged by it. Mend the row of the data set."""

@@ -33,8 +33,6 @@ class Care:
 
     deadline_s: Annotated[float, Gt(0)] = 60.0
     """For all attempts at a case together."""
-    concurrency: Annotated[int, Ge(1)] = 8
-    """Cases under way at a time; others wait in the order of their coming."""
     attempts: Annotated[int, Ge(1)] = 3
     """At one case, the first included. Only errors that may pass by are tried again."""
     retry_share: Annotated[float, Ge(0)] = 0.2
@@ -67,11 +65,11 @@ class RetryBudget:
 
 
 class Court:
-    """Verdicts by `judge`, with care."""
+    """Verdicts by `judge`, with care: of at most `places` cases at a time, the others in the order of their coming."""
 
-    def __init__(self, judge: Callable[[Case], Awaitable[Verdict]], care: Care) -> None:
+    def __init__(self, judge: Callable[[Case], Awaitable[Verdict]], care: Care, *, places: int) -> None:
         self._judge, self._care = judge, care
-        self._places = asyncio.Semaphore(care.concurrency)
+        self._places = asyncio.Semaphore(places)
         self._budget = RetryBudget(care.retry_share)
         self._cache: OrderedDict[bytes, Verdict] = OrderedDict()
         self.metrics = VerdictMetrics()

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..types import Verdict
-from .case import BadReference, Case
+from .case import PAST_LIMITS, BadReference, Case
 from .policies import build_policy
 from .registry import rule as find_rule
 from .worker import Report
@@ -24,7 +24,7 @@ Policies = Mapping[str, Mapping[str, Any]]
 def failed(case: Case, text: str, kind: str, *, retryable: bool = False) -> Verdict:
     """An error value that names the row."""
     where = f"{case.row}: " if case.row else ""
-    return Verdict(correct=False, error=f"{where}{text}", kind=kind, retryable=retryable)
+    return Verdict(correct=False, error=_sendable(f"{where}{text}"), kind=kind, retryable=retryable)
 
 
 class InProcess:
@@ -80,7 +80,7 @@ class ByWorkers:
     async def _past_limits(self, case: Case, how: str) -> Verdict:
         report = await self._pool.run(_request(case, only_reference=True))
         if report.get("reference_is_good"):
-            return Verdict(correct=False, note=f"past the limits: {how}")
+            return Verdict(correct=False, note=f"{PAST_LIMITS}{how}")
         if report.get("own_fault"):
             return failed(case, f"the reference is past the limits: {report['ended']}", "bad reference")
         return _verdict(case, report)
@@ -93,10 +93,18 @@ def _request(case: Case, *, only_reference: bool = False) -> dict[str, Any]:
 def _verdict(case: Case, report: Report) -> Verdict:
     if "verdict" in report:
         verdict = Verdict(**report["verdict"])
-        return failed(case, verdict.error, verdict.kind, retryable=verdict.retryable) if verdict.error else verdict
+        if verdict.error:
+            return failed(case, verdict.error, verdict.kind, retryable=verdict.retryable)
+        verdict.note = _sendable(verdict.note)
+        return verdict
     if "bad_reference" in report:
         return failed(case, report["bad_reference"], "bad reference")
     if "timeout" in report:
         return failed(case, "the worker ran out of time and was killed", "timeout", retryable=True)
     retryable = not report["own_fault"]
     return failed(case, f"the worker ended: {report['ended']}", "worker died", retryable=retryable)
+
+
+def _sendable(text: str) -> str:
+    """`text` with what is no character spelled out: half a surrogate pair can't be sent on."""
+    return text.encode("utf-8", "backslashreplace").decode()

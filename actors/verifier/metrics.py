@@ -6,9 +6,12 @@ import bisect
 from collections import Counter
 
 from ..types import Verdict
+from .case import PAST_LIMITS
 
 _EDGES_S = [1e-4 * 1.25**i for i in range(64)]
 """Upper edges of the latency classes, 0.1 ms to 130 s, each a quarter above the one before."""
+
+_ALWAYS = ("correct", "incorrect", "graded", "past_limits", "cache_hits", "retries")
 
 QUANTILES = (0.5, 0.9, 0.99)
 
@@ -22,7 +25,7 @@ class VerdictMetrics:
         self._classes = [0] * (len(_EDGES_S) + 1)
 
     def count(self, what: str) -> None:
-        """One more `what`: "cache_hits", "retries", "past_limits"."""
+        """One more `what`: "cache_hits", "retries"."""
         self._counts[what] += 1
 
     def judged(self, verdict: Verdict, seconds: float) -> None:
@@ -33,11 +36,13 @@ class VerdictMetrics:
             self._counts["graded"] += 1
         else:
             self._counts["correct" if verdict.correct else "incorrect"] += 1
+            self._counts["past_limits"] += verdict.note.startswith(PAST_LIMITS)
         self._classes[bisect.bisect_left(_EDGES_S, seconds)] += 1
 
     def snapshot(self) -> dict[str, float]:
-        """Every number by its name: `correct`, `errors`, `errors/timeout`, `latency_p90_s`, ..."""
-        numbers: dict[str, float] = {name: self._counts[name] for name in ("correct", "incorrect", "graded")}
+        """Every number by its name: `correct`, `errors`, `errors/timeout`, `latency_p90_s`, ...; `past_limits` are some
+        of the incorrect ones."""
+        numbers: dict[str, float] = {name: self._counts[name] for name in _ALWAYS}
         numbers |= dict(self._counts)
         numbers["errors"] = self._errors.total()
         numbers |= {f"errors/{kind}": count for kind, count in sorted(self._errors.items())}

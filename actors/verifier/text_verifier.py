@@ -46,11 +46,11 @@ class TextVerifier(Actor):
     policies: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The same for single data sets, by their names; a key that is left out is that of `policy`."""
     workers: Annotated[int, Ge(1)] = 2
-    """Processes that judge."""
+    """Processes that judge, and cases that are judged at a time."""
     limits: Limits = field(default_factory=Limits)
     """What one case may use."""
     care: Care = field(default_factory=Care)
-    """Deadline, retries, concurrency, cache."""
+    """Deadline, retries, cache."""
 
     def __post_init__(self) -> None:
         if bool(self.rule) == bool(self.function):
@@ -76,7 +76,7 @@ class TextVerifier(Actor):
             self._judging = ByWorkers.rule(self.rule, self._policies(), workers=self.workers, limits=self.limits)
         else:
             self._judging = InProcess(self.rule, self._policies())
-        self.court = Court(self._judging.judge, self.care)
+        self.court = Court(self._judging.judge, self.care, places=self.workers)
 
     async def stop(self, reason: BaseException | None) -> None:
         await self._judging.close()

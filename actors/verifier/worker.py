@@ -150,7 +150,7 @@ class _Guard:
         code = os.waitstatus_to_exitcode(status)
         if code >= 0:
             words = {_OUT_OF_MEMORY: "out of memory", _FORBIDDEN: "tried what is forbidden"}
-            return {"ended": words.get(code, f"exit code {code}"), "own_fault": code in words}
+            return {"ended": words.get(code, f"exit code {code}"), "own_fault": code == _OUT_OF_MEMORY}
         name = "out of processor time" if -code == signal.SIGPROF else signal.Signals(-code).name
         return {"ended": name, "own_fault": -code in _OWN_FAULT}
 
@@ -200,6 +200,7 @@ def _limit(spec: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (spec["memory_bytes"], spec["memory_bytes"]))
     if spec["harden"]:
         _silence(1, 2)
+        sys.dont_write_bytecode = True
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         sys.addaudithook(_forbid)
 
