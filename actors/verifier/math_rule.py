@@ -10,14 +10,12 @@ see worker.py. math-verify's own time-outs are switched off; they are alarms tha
 
 from __future__ import annotations
 
-import logging
 import re
 from functools import lru_cache
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
-from math_verify.parser import NormalizationConfig
 
 from ..types import Verdict
 from .case import BadReference, Case
@@ -130,24 +128,12 @@ def _parse(text: str, policy: MathPolicy) -> list[Any]:
     """What math-verify reads in `text`, best first; a string in it is the text of what it could not read."""
     if policy.percent == "ignore":
         text = _PERCENT.sub("", text)
-    values = parse(text, list(_targets(policy)), parsing_timeout=None)
+    values = parse(text, list(_targets(policy.letters)), parsing_timeout=None)
     return [value for value in values if value is not None and value != ""]
 
 
 @lru_cache(maxsize=16)
-def _targets(policy: MathPolicy) -> tuple[Any, ...]:
-    normal = NormalizationConfig(
-        basic_latex=True,
-        units=True,
-        malformed_operators=True,
-        nits=True,
-        boxed="all",
-        equations=False,
-    )
-    latex, plain_text = LatexExtractionConfig(normalization_config=normal), ExprExtractionConfig()
-    if not policy.letters:
-        return latex, plain_text
-    return latex, plain_text, StringExtractionConfig(strings=tuple(policy.letters), lowercase=False)
-
-
-logging.getLogger("math_verify").setLevel(logging.ERROR)
+def _targets(letters: str) -> tuple[Any, ...]:
+    """What to look for: LaTeX, its units and boxes taken care of; plain numbers and terms; letters."""
+    found = (LatexExtractionConfig(), ExprExtractionConfig())
+    return (*found, StringExtractionConfig(strings=tuple(letters), lowercase=False)) if letters else found

@@ -7,6 +7,7 @@ Each makes `judge(request) -> report`; see worker.py for both.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
@@ -22,6 +23,7 @@ from .worker import MAX_REPORT_TEXT, Report
 def rule(name: str, policies: Mapping[str, Mapping[str, Any]]) -> Callable[[Any], Report]:
     """Judges by the rule `name`; the policy is that of the case's data set, or else that under ""."""
     found = find_rule(name)
+    logging.disable(logging.WARNING)  # Libraries complain of what models write.
     judge, check = found.load()
     built: dict[str, Any] = {dataset: build_policy(found.policy, values) for dataset, values in policies.items()}
 
