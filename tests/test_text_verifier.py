@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from sample_actors import until
 
-from headrace.actors.data.running_sum import RunningSum
+from headrace.actors.data.running_sum import RunningSum, encode
 from headrace.actors.job import load_job
 from headrace.actors.reward import Reward
 from headrace.actors.trainer.groups import has_signal
@@ -40,9 +41,9 @@ def groups(count: int) -> list[Group]:
     made = []
     for prompt in task.prompts(0, np.arange(count), np.full(count, 3)):
         right = task.solve(prompt)
-        wrong = np.append(right[:-3], [right[-2], right[-2], right[-1]]) if right[-3] != right[-2] else right[1:-2]
-        wrong = np.append(wrong, right[-1]) if wrong[-1] != right[-1] else wrong
-        answers = [(right, "stop"), (wrong.astype(np.int32), "stop"), (right, "length"), (right, "")]
+        wrong = right.copy()
+        wrong[-2] = next(digit for digit in encode("12") if digit != right[-2])
+        answers = [(right, "stop"), (wrong, "stop"), (right[:-1], "length"), (right[:-1], "")]
         none = np.zeros(0, np.float32)
         trajectories = [
             Trajectory(member=m, segments=[Segment(version=1, tokens=tokens, logprobs=none)], finish=finish)
@@ -112,13 +113,27 @@ async def test_a_rule_of_the_users_own_agrees_with_the_rule_of_the_default_job()
         for group in groups(3):
             expected = await RuleVerifier().judge(group)
             verdicts = await verifier.judge(group)
-            assert [v.correct for v in verdicts] == [v.correct for v in expected] == [True, False, True, False] or (
-                [v.correct for v in verdicts] == [True, False, False, False]
-            )
+            assert [v.correct for v in verdicts] == [v.correct for v in expected] == [True, False, False, False]
             assert [bool(v.error) for v in verdicts] == [bool(v.error) for v in expected] == [False, False, False, True]
             assert verdicts[3].error.startswith(f"prompt {group.prompt.ordinal}: ")
         stats = await verifier.stats()
         assert stats["correct"] >= 1 and stats["errors"] == 0 and stats["latency_p50_s"] > 0
+    finally:
+        await verifier.stop(None)
+
+
+async def test_the_readmes_verifier_of_ones_own(tmp_path, monkeypatch):
+    section = (CLUSTER.parent / "README.md").read_text().split("## A verifier of your own\n")[1].split("\n## ")[0]
+    program, settings = re.findall(r"^```\w+\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    (tmp_path / "my_judge.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    cluster, _ = load_cluster(parse(f'[run]\nname = "x"\n{settings}', "README.md"), {})
+    verifier = cluster.actors["verifier"].instance
+    assert isinstance(verifier, TextVerifier)
+    await verifier.start()
+    try:
+        [group] = groups(1)
+        assert [v.correct for v in await verifier.judge(group)][:2] == [True, False]
     finally:
         await verifier.stop(None)
 
