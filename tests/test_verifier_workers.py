@@ -206,6 +206,9 @@ async def test_whatever_a_function_does_is_an_error_value(functions):
         assert (verdict.kind, verdict.retryable) == (kind, retryable), (response, verdict)
     assert not (await judging.judge(case("print"))).error
     assert not (await judging.judge(case("thread"))).error
+    started = int((await judging.judge(case("start"))).reward or 0)
+    assert (await judging.judge(case("exit"))).kind == "worker died"
+    await until(lambda: gone(started))
     assert len(judging._pool.pids) == 1, "one guard has outlived them all"
 
 

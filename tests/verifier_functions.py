@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -48,6 +49,8 @@ def misbehave(question: str, reference: str, response: str) -> object:
             print("x" * 100_000, flush=True)  # noqa: T201
         case "thread":
             threading.Thread(target=time.sleep, args=(3600,)).start()
+        case "start":
+            return float(subprocess.Popen(["sleep", "3600"]).pid)
         case "pid":
             return float(os.getpid())
     return True

@@ -147,6 +147,10 @@ class _Guard:
             if time.monotonic() > deadline:  # It closed its pipes but lives on.
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.001)
+        try:
+            os.killpg(child, signal.SIGKILL)  # What it has started ends with it.
+        except ProcessLookupError:
+            pass
         code = os.waitstatus_to_exitcode(status)
         if code >= 0:
             words = {_OUT_OF_MEMORY: "out of memory", _FORBIDDEN: "tried what is forbidden"}
