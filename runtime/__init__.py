@@ -1,21 +1,21 @@
 """An actor runtime on asyncio and ZeroMQ: typed messages between supervised actors in supervised processes.
 
-    what you write   actor.py the contract: fields, start, @message, stop    ref.py call / cast / stream
-                     deadline.py timeouts that travel                        codec.py what may travel
-    a message's way  node.py one process: sends, delivers, answers           routes.py where to, on whose credit
-                     waits.py who waits for whom                             doors.py where it comes in
-                     mailbox.py bounded lanes, credits                       cell.py one actor at work
-    the wire         protocol.py, frame.py what a message looks like         transport.py what carries it
-                     zmq_transport.py, outlet.py, inbox.py over ZeroMQ       memory_transport.py in memory, for tests
+    what you write   actor.py the contract: fields, start, @message, stop  ref.py call / cast / stream
+                     deadline.py timeouts that travel                      codec.py what may travel
+    on the way       node.py one process: sends, delivers, answers         routes.py where to, on whose credit
+                     waits.py who waits for whom                           doors.py where messages come in
+                     mailbox.py bounded lanes, credits                     cell.py one actor at work
+    the wire         protocol.py, frame.py what a message looks like       transport.py what carries it
+                     zmq_transport.py, outlet.py, inbox.py over ZeroMQ     memory_transport.py in memory, for tests
                      curve.py keys, for tcp
-    supervision      system.py the root                                      strategy.py the tree: who restarts with whom
-                     children.py, hosting.py carry it out                    supervisor.py policies and budgets
-                     directory.py who lives where                            memory.py what a restart keeps
-    processes        nodes.py all nodes of a system                          launcher.py, zygote.py start them
-                     process.py, agent.py inside a node                      exits.py how they end
-    watching         vigil.py, liveness.py loops that hang                   detector.py, heartbeat.py hosts out of reach
-                     inspector.py, stacks.py look into a blocked process     survey.py asks all nodes
-    beside           pool.py leased priority queue with a journal            exchange.py weights by shared memory
+    supervision      system.py the root                                    strategy.py who restarts with whom
+                     children.py, hosting.py carry it out                  supervisor.py policies and budgets
+                     directory.py who lives where                          memory.py what a restart keeps
+    processes        nodes.py all nodes of a system                        launcher.py, zygote.py start them
+                     process.py, agent.py inside a node                    exits.py how they end
+    watching         vigil.py, liveness.py loops that hang                 detector.py, heartbeat.py hosts out of reach
+                     inspector.py, stacks.py look into a blocked process   survey.py asks all nodes
+    beside           pool.py leased priority queue with a journal          exchange.py weights by shared memory
 
 It knows nothing of models, rewards or training, and imports no torch.
 """

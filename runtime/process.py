@@ -29,6 +29,7 @@ from .prctl import PR_SET_NAME, PR_SET_PDEATHSIG, prctl
 from .stacks import enable_dump
 from .zmq_transport import ZmqTransport
 
+
 async def serve(spec: dict[str, Any], beats: int) -> None:
     """Runs a node until the root tells it to shut down. `beats`: file of the liveness words."""
     pulse = Pulse(beats, spec["word"])
