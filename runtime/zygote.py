@@ -6,10 +6,10 @@
     zygote ---"go", files---> spare: process.run
 
 One spare waits ready for the next order. The root adopts only while an order is under way: what its nodes leave behind
-when they are killed is for process 1 to bury. The zygote has one thread, no loop and no ZeroMQ context: those don't survive
-a fork. Its end does no harm to the nodes; the root starts another at the next need. It is also the guard: when the root
-is gone (its end of the socket closes) it kills the process groups of all nodes, also those started elsewhere, and
-removes the folder of their sockets. Knows nothing of actors and messages.
+when they are killed is for process 1 to bury. The zygote has one thread, no loop and no ZeroMQ context: those don't
+survive a fork. Its end does no harm to the nodes; the root starts another at the next need. It is also the guard: when
+the root is gone (its end of the socket closes) it kills the process groups of all nodes, also those started elsewhere,
+and removes the folder of their sockets. Knows nothing of actors and messages.
 """
 
 from __future__ import annotations
