@@ -253,7 +253,7 @@ class Controller(Actor):
                 trajectory.verdict = verdict
             group.trajectories = [t for t in group.trajectories if t.verdict is not None and not t.verdict.error]
             if len(group.trajectories) < self.rl.min_group_size:
-                return f"too few verdicts: {verdicts[0].error}"
+                return f"too few verdicts: {next((v.error for v in verdicts if v.error), 'too few responses')}"
             rewards = await patiently(lambda: self.reward.score(group.as_read()))
         except RemoteError as error:
             return f"{error.remote_type}: {error.args[0]}"

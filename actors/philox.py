@@ -26,6 +26,7 @@ class Stream(IntEnum):
     SIZE = 3
     ADAPTATION = 4
     SAMPLING = 5
+    PUZZLE = 6
 
 
 def uniforms(seed: int, stream: int, ordinals: int | np.ndarray, lanes: int | np.ndarray, count: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -43,11 +44,37 @@ class Segment:
 @wire
 @dataclass(kw_only=True, slots=True)
 class Verdict:
-    """What the verifier says of one response. An `error` is never a wrong answer: the sample is excluded."""
+    """What the verifier says of one response: correct, incorrect, a number, or an error; never two of them.
+
+    An error is never a wrong answer: the sample is excluded. Raises ValueError where they are mixed.
+    """
 
     correct: bool
     error: str = ""
     """Empty, or why no verdict could be reached."""
+    kind: str = ""
+    """Of an error, for counting: "timeout", "worker died", "bad reference", ..."""
+    retryable: bool = False
+    """Of an error: whether asking again may help."""
+    reward: float | None = None
+    """A graded verdict's number; None where right or wrong is all there is."""
+    note: str = ""
+    """Why, in a few words; for people only."""
+
+    def __post_init__(self) -> None:
+        if self.error:
+            self.kind = self.kind or "error"
+            if self.correct or self.reward is not None:
+                raise ValueError(f"a verdict is an error or a judgement, not both: {self.error}")
+        elif self.kind or self.retryable:
+            raise ValueError(f"a verdict of kind {self.kind!r} needs an error text; a judgement has no kind")
+        if self.reward is not None and not math.isfinite(self.reward):
+            raise ValueError(f"reward must be a finite number, got {self.reward}; return an error instead")
+
+    @property
+    def value(self) -> float:
+        """What a judgement is worth among its group: its number, or 1 and 0 for right and wrong."""
+        return float(self.correct) if self.reward is None else self.reward
 
 
 class Piece(Protocol):

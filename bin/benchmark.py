@@ -9,8 +9,8 @@ A benchmark is a file tests/bench/NAME.py of the checkout with
     measure(options, say) -> {figure: value}
 
 Names of figures end in their unit (`_s`, `_bytes`, `_ratio`, `_per_s`); None is a figure that could not be taken, and
-misses its bar. `say` prints a line of progress. Files that begin with "_" serve the others. Knows nothing of what is
-measured.
+misses its bar. `say` prints a line of progress. Files that begin with "_" serve the others, which import them by name.
+Knows nothing of what is measured.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ def load(name: str, folder: Path) -> ModuleType:
         raise ConfigError(f"{COMMAND}: no benchmark {name!r}{hint}")
     spec = importlib.util.spec_from_file_location(f"headrace_bench_{name}", folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -1,24 +1,55 @@
 """An actor runtime on asyncio and ZeroMQ: typed messages between supervised actors in supervised processes.
 
-    actor.py      the contract: fields, start, @message, stop          mailbox.py    bounded lanes, credits
-    ref.py        call / cast / stream                                 cell.py       one actor at work
-    system.py     the root: actors, restarts                           supervisor.py restart or give up
-    nodes.py      the root's node processes                            launcher.py   processes, pidfd
-    node.py       one process: sends, delivers, answers                transport.py  ZeroMQ sockets
-    frame.py      envelopes that travel together                       codec.py      what may travel
-    waits.py      who waits for whom                                   process.py    what runs in a node's process
-    pool.py       leased priority queue with a journal                 exchange.py   weights by shared memory
+    what you write   actor.py the contract: fields, start, @message, stop  ref.py call / cast / stream
+                     deadline.py timeouts that travel                      codec.py what may travel
+    on the way       node.py one process: sends, delivers, answers         routes.py where to, on whose credit
+                     waits.py who waits for whom                           doors.py where messages come in
+                     mailbox.py bounded lanes, credits                     cell.py one actor at work
+    the wire         protocol.py, frame.py what a message looks like       transport.py what carries it
+                     zmq_transport.py, outlet.py, inbox.py over ZeroMQ     memory_transport.py in memory, for tests
+                     curve.py keys, for tcp
+    supervision      system.py the root                                    strategy.py who restarts with whom
+                     children.py, hosting.py carry it out                  supervisor.py policies and budgets
+                     directory.py who lives where                          memory.py what a restart keeps
+    processes        nodes.py all nodes of a system                        launcher.py, zygote.py start them
+                     process.py, agent.py inside a node                    exits.py how they end
+    watching         vigil.py, liveness.py loops that hang                 detector.py, heartbeat.py hosts out of reach
+                     inspector.py, stacks.py look into a blocked process   survey.py asks all nodes
+    beside           pool.py leased priority queue with a journal          exchange.py weights by shared memory
 
 It knows nothing of models, rewards or training, and imports no torch.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .actor import Actor as Actor
 from .actor import message as message
 from .codec import wire as wire
 from .deadline import timeout as timeout
 from .directory import Status as Status
-from .launcher import NodeSpec as NodeSpec
+from .exits import Exit as Exit
 from .mailbox import Lane as Lane
 from .ref import Ref as Ref
-from .supervisor import RestartPolicy as RestartPolicy
-from .system import System as System
+
+if TYPE_CHECKING:
+    from .curve import Keys as Keys
+    from .detector import HeartbeatPolicy as HeartbeatPolicy
+    from .group import ActorGroup as ActorGroup
+    from .inspector import inspect_node as inspect_node
+    from .launcher import NodeSpec as NodeSpec
+    from .supervisor import RestartPolicy as RestartPolicy
+    from .system import System as System
+
+_OF_THE_ROOT = {
+    "ActorGroup": "group", "HeartbeatPolicy": "detector", "Keys": "curve", "NodeSpec": "launcher",
+    "RestartPolicy": "supervisor", "System": "system", "inspect_node": "inspector",
+}  # fmt: skip
+"""Imported when they are asked for: a node needs none of them, and is up the sooner."""
+
+
+def __getattr__(name: str) -> Any:
+    module = _OF_THE_ROOT.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{module}", __name__), name)

@@ -60,6 +60,8 @@ class Beats:
         return self._words[word]
 
     def close(self) -> None:
+        """When nobody reads any more."""
+        _unmap(self._words)
         os.close(self.fd)
 
 
@@ -74,6 +76,7 @@ class Pulse:
 
     def stop(self) -> None:
         self._timer.cancel()
+        _unmap(self._words)
 
     def _beat(self) -> None:
         self._words[self._word] = time.monotonic_ns()
@@ -154,5 +157,11 @@ class Watch:
 
 
 def _map(fd: int) -> memoryview:
-    # The view keeps the mapping alive; it ends with the last of both.
     return memoryview(mmap.mmap(fd, WORDS * _WORD_BYTES)).cast("Q")
+
+
+def _unmap(words: memoryview) -> None:
+    mapping = words.obj
+    words.release()
+    if isinstance(mapping, mmap.mmap):
+        mapping.close()

@@ -219,7 +219,13 @@ class Node:
             self.lending.undo()
             raise
         size = len(envelope) if not buffers else size_of(envelope, buffers)
-        self._reply(origin, envelope, buffers, bulk=size > BULK_BYTES)
+        bulk = size > BULK_BYTES
+        if kind == Kind.REPLY or kind == Kind.ITEM:
+            # If there is no room, the cell answers with that error instead, which is small.
+            if not self.transport.send(origin, envelope, buffers, bulk=bulk):
+                self.counters["undeliverable_answers"] += 1
+        else:
+            self._reply(origin, envelope, buffers, bulk=bulk)
         return size
 
     def acknowledge(self, delivery: Delivery, what: str) -> None:

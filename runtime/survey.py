@@ -12,6 +12,9 @@ from .nodes import ROOT
 
 Row = dict[str, Any]
 
+QUIET_S = 0.1
+"""Between the two looks at drained nodes: longer than a message is under way."""
+
 
 async def survey(root: Node, own: list[Row], names: list[str], what: str, within_s: float) -> list[Row]:
     """The root's own rows, and those that the agents of these nodes answer to `what`, each with its `node`; or a row
@@ -21,7 +24,7 @@ async def survey(root: Node, own: list[Row], names: list[str], what: str, within
 
 
 async def drain_nodes(root: Node, names: list[str], patience_s: float) -> bool:
-    """Waits until no actor of these nodes has work, and none has had any between two looks. False: out of patience."""
+    """Waits until no actor of these nodes has work, and none has had any for QUIET_S. False: out of patience."""
     loop = asyncio.get_running_loop()
     end, before = loop.time() + patience_s, None
     while (left := end - loop.time()) > 0:
@@ -31,6 +34,7 @@ async def drain_nodes(root: Node, names: list[str], patience_s: float) -> bool:
         if handled == before and -1 not in handled:
             return True
         before = handled
+        await asyncio.sleep(min(QUIET_S, left))
     return False
 
 

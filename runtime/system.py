@@ -238,7 +238,7 @@ class System:
 
         A node that does not answer within `within_s` has one row, with `unanswered`: why.
         """
-        return await self._survey(self.node.waits.rows() + self._children.waits(), "waits", within_s)
+        return await self._survey(self.node.wait_rows() + self._children.waits(), "waits", within_s)
 
     async def dead_letters(self, *, within_s: float = 1.0) -> list[dict[str, Any]]:
         """The last messages of each node that could not be delivered, and why; silent nodes as in `waits`."""
@@ -247,6 +247,10 @@ class System:
     async def counters(self, *, within_s: float = 1.0) -> list[dict[str, Any]]:
         """What was counted in each node, a row each; silent nodes as in `waits`."""
         return await self._survey([dict(self.node.counters)], "counters", within_s)
+
+    async def stacks(self, node: str) -> str:
+        """The Python stacks of all threads of a node, also of one whose loop is blocked."""
+        return await self._nodes.stacks(node)
 
     async def _survey(self, own: list[dict[str, Any]], what: str, within_s: float) -> list[dict[str, Any]]:
         return await survey(self.node, own, [name for name in self._nodes.names() if name != ROOT], what, within_s)

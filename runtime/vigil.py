@@ -96,4 +96,4 @@ class Vigil:
             self._events.write(f"node_{verdict}", node=key.partition("#")[0], pid=pid, quiet_s=quiet_s, **more)
         if verdict == "hung" and process is not None:
             detail = f"hung: its loop did not run for {quiet_s:g} s, so it was killed (NodeSpec.hang_s)"
-            process.kill(verdict=Exit(kind="hung", detail=detail, code=signal.SIGKILL, traceback=stacks))
+            process.kill(verdict=Exit(kind="hung", detail=detail, code=int(signal.SIGKILL), traceback=stacks))

@@ -1,13 +1,15 @@
 """The zygote: a process that has imported what every node needs, and forks nodes from there in milliseconds.
 
-    zygote: fork -> mother: fork -> spare      the mother ends at once, so that the spare is the root's child
-    root <---pid of the spare--- zygote <---"fork", files--- root          (PR_SET_CHILD_SUBREAPER)
-                                 zygote --------"go", files-------> spare: process.run
+    zygote: fork -> mother: fork -> spare
+    zygote <---"fork", files--- root        the mother ends, and the root adopts the spare (PR_SET_CHILD_SUBREAPER)
+    zygote ---pid of the spare---> root
+    zygote ---"go", files---> spare: process.run
 
-One spare waits ready for the next order. The zygote has one thread, no loop and no ZeroMQ context: those don't survive
-a fork. Its end does no harm to the nodes; the root starts another at the next need. It is also the guard: when the root
-is gone (its end of the socket closes) it kills the process groups of all nodes, also those started elsewhere, and
-removes the folder of their sockets. Knows nothing of actors and messages.
+One spare waits ready for the next order. The root adopts only while an order is under way: what its nodes leave behind
+when they are killed is for process 1 to bury. The zygote has one thread, no loop and no ZeroMQ context: those don't
+survive a fork. Its end does no harm to the nodes; the root starts another at the next need. It is also the guard: when
+the root is gone (its end of the socket closes) it kills the process groups of all nodes, also those started elsewhere,
+and removes the folder of their sockets. Knows nothing of actors and messages.
 """
 
 from __future__ import annotations
@@ -58,13 +60,11 @@ class Zygote:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._ended: asyncio.Future[None] | None = None
-        self._adoption: Subreaper | None = None
 
     def start(self) -> None:
         """Starts the process if it does not run; it takes orders at once and works on them when it is warm."""
         if self._process is not None:
             return
-        self._adoption = self._adoption or Subreaper()
         package = __package__ or "headrace.runtime"
         code = f"{die_with_parent(signal.SIGTERM)}; from {package}.zygote import main; main()"
         # The threads of a numeric library would not survive the fork.
@@ -94,10 +94,13 @@ class Zygote:
         self.start()
         order: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         assert self._socket is not None
+        adoption = Subreaper()
         try:
             socket.send_fds(self._socket, [b"fork"], [spec, log, beats])
         except OSError as error:
+            adoption.release()
             raise ZygoteGone(f"the zygote takes no order: {error}") from None
+        order.add_done_callback(lambda _: adoption.release())
         self._orders.append(order)
         return order
 
@@ -128,9 +131,6 @@ class Zygote:
                 if reap(process.pid):
                     break
                 await asyncio.sleep(REAP_S)
-        if self._adoption is not None:
-            self._adoption.release()
-            self._adoption = None
 
     def _send(self, order: str) -> None:
         if self._socket is not None:
@@ -258,10 +258,17 @@ class _Spare:
     pid: int
     """Minus an error number: it could not be forked."""
     line: socket.socket
+    mother: int
+    """0: there is none."""
+    release: int
+    """The mother ends when this file is closed."""
 
 
 def _hand_over(orders: socket.socket, spare: _Spare, files: list[int]) -> None:
     """Makes a node of a spare. The root knows of it first: a node that nobody knows must not run."""
+    os.close(spare.release)
+    if spare.mother:
+        os.waitpid(spare.mother, 0)
     orders.send(str(spare.pid).encode())
     with suppress(BrokenPipeError):  # It was killed, as its parent sees.
         socket.send_fds(spare.line, [b"go"], files)
@@ -273,6 +280,8 @@ def _hand_over(orders: socket.socket, spare: _Spare, files: list[int]) -> None:
 def _bear(groups: set[int], files: list[int]) -> _Spare:
     """`files`: what is open here for somebody else."""
     told, tell = os.pipe()
+    held, release = os.pipe()
+    mother = 0
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # In the child no signal may ever go the zygote's way.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -280,28 +289,29 @@ def _bear(groups: set[int], files: list[int]) -> _Spare:
         mother = os.fork()
         if mother == 0:
             ours.close()
-            _be_mother(tell, theirs, [told, *files])
+            os.close(release)
+            _be_mother(tell, held, theirs, [told, *files])
         pid = int(os.read(told, 16))
-        os.waitpid(mother, 0)
     except OSError as error:
         pid = -(error.errno or errno.EAGAIN)
     if pid > 0:
         groups.add(pid)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    os.close(told)
-    os.close(tell)
+    for fd in (told, tell, held):
+        os.close(fd)
     theirs.close()
-    return _Spare(pid, ours)
+    return _Spare(pid, ours, mother, release)
 
 
-def _be_mother(tell: int, line: socket.socket, files: list[int]) -> NoReturn:
+def _be_mother(tell: int, held: int, line: socket.socket, files: list[int]) -> NoReturn:
     answer = -errno.EAGAIN
     try:
         answer = os.fork()
         if answer == 0:
-            _be_spare(line, [tell, *files])
+            _be_spare(line, [tell, held, *files])
     finally:
         os.write(tell, str(answer).encode())
+        os.read(held, 1)
         os._exit(0)
 
 

@@ -268,7 +268,6 @@ class Parent(Actor):
         os.kill(os.getpid(), signal.SIGKILL)
         return 0
 
-
     @message
     async def describe(self) -> dict[str, Any]:
         """The process it lives in."""

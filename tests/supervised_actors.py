@@ -18,6 +18,9 @@ class Tally(Actor):
         self.ballast = b""
         self.restored: list[Any] = []
 
+    async def stop(self, reason: BaseException | None) -> None:
+        self.log("total", sum=self.sum)
+
     def snapshot(self) -> Any:
         return {"sum": self.sum, "ballast": self.ballast}
 

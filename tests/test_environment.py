@@ -320,7 +320,7 @@ def test_progress_is_shown_on_a_terminal(checkout):
 def test_old_python_is_told_in_one_line():
     with pytest.raises(_environment.SetupError, match=r"^Python 3\.11 or newer is needed, but .* is 3\.9; .*$"):
         _environment.check_python((3, 9))
-    for name in ("_environment.py", "launch", "test", "bench"):
+    for name in ("_environment.py", "launch", "test", "bench", "chaos"):
         ast.parse((BIN / name).read_text(), feature_version=(3, 6))
 
 

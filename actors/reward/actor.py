@@ -17,7 +17,10 @@ CORRECT, WRONG = 1.0, -1.0
 
 @dataclass(kw_only=True)
 class Reward(Actor):
-    """DAPO's reward: +1 or -1 by the verdict (eq. 7), plus the soft overlong punishment (eq. 13)."""
+    """DAPO's reward: +1 or -1 by the verdict (eq. 7), plus the soft overlong punishment (eq. 13).
+
+    A graded verdict's own number stands in the place of +1 or -1.
+    """
 
     rl: RlSettings
     overlong_cache: Annotated[int, Ge(0)] = 8
@@ -43,7 +46,9 @@ class Reward(Actor):
                     f"prompt {group.prompt.ordinal}, member {trajectory.member} has no verdict; "
                     "leave it out of the group or have it judged again"
                 )
-            reward = CORRECT if trajectory.verdict.correct else WRONG
+            reward = trajectory.verdict.reward
+            if reward is None:
+                reward = CORRECT if trajectory.verdict.correct else WRONG
             if self.overlong_cache:
                 reward += soft_overlong_punishment(
                     trajectory.num_tokens, max_tokens=self.rl.max_new_tokens, cache_tokens=self.overlong_cache

@@ -18,9 +18,12 @@ def judged(group: Group) -> list[Trajectory]:
 
 
 def has_signal(group: Group) -> bool:
-    """Dynamic sampling, eq. 11: 0 < number of correct responses < number of responses. Rewards don't matter here."""
-    correct = [t.verdict.correct for t in judged(group) if t.verdict is not None]
-    return 0 < sum(correct) < len(correct)
+    """Dynamic sampling, eq. 11: 0 < number of correct responses < number of responses.
+
+    Of graded verdicts, that not all are the same. What is added to a verdict to make a reward doesn't matter here.
+    """
+    values = {t.verdict.value for t in judged(group) if t.verdict is not None}
+    return len(values) > 1
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:

@@ -1,0 +1,124 @@
+"""The verifier for answers that are text: by a rule of registry.py or by a function of the user's own (function.py).
+
+[actors.verifier]
+class = "headrace.actors.verifier:TextVerifier"
+rule = "math"                                     or: function = "my.module:judge"
+
+[actors.verifier.policy]                          the rule's settings: policies.py
+units = "compare"
+
+[actors.verifier.policies.gsm8k]                  those of the cases of one data set
+percent = "ignore"
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from annotated_types import Ge
+
+from ...runtime import Actor, message
+from ..data import running_sum
+from ..types import Group, Trajectory, Verdict
+from .case import Case
+from .court import Care, Court
+from .function import check_options, load_function
+from .judging import ByWorkers, InProcess, failed
+from .policies import build_policy
+from .registry import rule as find_rule
+from .workers import Limits
+
+
+@dataclass(kw_only=True)
+class TextVerifier(Actor):
+    """Judges the text of responses. Hostile text, a crash and a hang cost one worker process, never the actor."""
+
+    rule: str = ""
+    """exact, multiple_choice, regex, json_schema or math."""
+    function: str = ""
+    """In place of a rule: "module:name" of a function or class."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the class that `function` names."""
+    policy: dict[str, Any] = field(default_factory=dict)
+    """What counts as equal: the settings of the rule, see policies.py."""
+    policies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The same for single data sets, by their names; a key that is left out is that of `policy`."""
+    workers: Annotated[int, Ge(1)] = 2
+    """Processes that judge, and cases that are judged at a time."""
+    limits: Limits = field(default_factory=Limits)
+    """What one case may use."""
+    care: Care = field(default_factory=Care)
+    """Deadline, retries, cache."""
+
+    def __post_init__(self) -> None:
+        if bool(self.rule) == bool(self.function):
+            raise ValueError(f"rule must be set, or function, one of them; got {self.rule!r} and {self.function!r}")
+        if self.rule:
+            for dataset, values in self._policies().items():
+                try:
+                    build_policy(find_rule(self.rule).policy, values)
+                except ValueError as error:
+                    raise ValueError(f"{f'policies {dataset}:' if dataset else 'policy'} {error}") from None
+            if self.options:
+                raise ValueError("options need a class that function names; a rule's settings are its policy")
+        else:
+            if self.policy or self.policies:
+                raise ValueError("policy needs a rule; what a class is to be told are its options")
+            check_options(load_function(self.function), self.options)
+
+    async def start(self) -> None:
+        self._judging: InProcess | ByWorkers
+        if self.function:
+            self._judging = ByWorkers.function(self.function, self.options, workers=self.workers, limits=self.limits)
+        elif find_rule(self.rule).killable:
+            self._judging = ByWorkers.rule(self.rule, self._policies(), workers=self.workers, limits=self.limits)
+        else:
+            self._judging = InProcess(self.rule, self._policies())
+        self.court = Court(self._judging.judge, self.care, places=self.workers)
+
+    async def stop(self, reason: BaseException | None) -> None:
+        await self._judging.close()
+
+    @message(concurrent=True, deadline_s=600.0)
+    async def judge(self, group: Group) -> list[Verdict]:
+        """One verdict for each trajectory of the group, in their order.
+
+        A response that ran out of tokens is wrong. One that has not ended is not judged: its verdict is an error.
+        """
+        question = running_sum.decode(group.prompt.tokens)
+        return await _together([self._judge_one(group, question, trajectory) for trajectory in group.trajectories])
+
+    @message(concurrent=True, deadline_s=600.0)
+    async def judge_cases(self, cases: list[Case]) -> list[Verdict]:
+        """One verdict for each case, in their order."""
+        return await _together([self.court.verdict(case) for case in cases])
+
+    @message(concurrent=True)
+    async def stats(self) -> dict[str, float]:
+        """Counts of verdicts and errors by kind, cache hits, retries, latency quantiles in seconds."""
+        return self.court.metrics.snapshot()
+
+    async def _judge_one(self, group: Group, question: str, trajectory: Trajectory) -> Verdict:
+        case = Case(
+            reference=group.prompt.answer,
+            response=running_sum.decode(trajectory.tokens()),
+            question=question,
+            row=f"prompt {group.prompt.ordinal}",
+        )
+        if not trajectory.finish:
+            return failed(case, "unfinished response", "unfinished")
+        if trajectory.finish == "length":
+            return Verdict(correct=False, note="ran out of tokens")
+        return await self.court.verdict(case)
+
+    def _policies(self) -> dict[str, dict[str, Any]]:
+        return {"": self.policy} | {name: {**self.policy, **values} for name, values in self.policies.items()}
+
+
+async def _together(verdicts: list[Any]) -> list[Verdict]:
+    """All of them; if one raises, or the caller gives up, none is left running."""
+    async with asyncio.TaskGroup() as tasks:
+        pending = [tasks.create_task(verdict) for verdict in verdicts]
+    return [task.result() for task in pending]
