@@ -109,8 +109,9 @@ class Cell:
         working = self._running.get(key) or self._turn
         if working is not None and working[1].key == key:
             task, delivery = working
-            delivery.withdrawn = True
-            task.cancel()
+            if not delivery.withdrawn:  # A second time would cancel whatever the task does next.
+                delivery.withdrawn = True
+                task.cancel()
             return True
         removed = self._remove(lambda waiting: waiting.id == key[1] and waiting.key == key)
         for delivery in removed:

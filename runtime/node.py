@@ -222,7 +222,7 @@ class Node:
         bulk = size > BULK_BYTES
         if kind == Kind.REPLY or kind == Kind.ITEM:
             # If there is no room, the cell answers with that error instead, which is small.
-            if not self.transport.send(origin, envelope, buffers, bulk=bulk):
+            if not (self.lending.cargo or self.transport).send(origin, envelope, buffers, bulk=bulk):
                 self.counters["undeliverable_answers"] += 1
         else:
             self._reply(origin, envelope, buffers, bulk=bulk)
@@ -386,7 +386,7 @@ class Node:
     def _reply(self, node: str, envelope: Envelope, buffers: list[Buffer], *, bulk: bool) -> None:
         """Sends what nobody could be told of if it failed; whoever waits for it has a deadline."""
         try:
-            if not (self.lending.cargo or self.transport).send(node, envelope, buffers, bulk=bulk):
+            if not self.transport.send(node, envelope, buffers, bulk=bulk):
                 self.counters["undeliverable_answers"] += 1
         except MailboxFull:
             self.counters["undeliverable_answers"] += 1
@@ -395,7 +395,11 @@ class Node:
         """A message that was taken can't be sent after all, now that its arrays are copied."""
         fields = skim(envelope)
         if fields[0] > Kind.STREAM:
+            kind, id, number, _ = fields
             self.counters["undeliverable_answers"] += 1
+            self._post(peer, [Kind.ERROR, id, number, pack_error(error)])
+            if kind == Kind.ITEM:
+                any(cell.cancel((peer, id)) for cell in self.cells.values())
             return
         _, lane, _, id, head, *_ = fields
         window = self.routes.window(peer, unpack_head(head)[0], lane)

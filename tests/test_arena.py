@@ -31,7 +31,7 @@ from headrace.runtime.blocks import PAGE_BYTES, Blocks
 from headrace.runtime.borrow import Borrowing
 from headrace.runtime.codec import decode, encode
 from headrace.runtime.doors import Delivery, Door
-from headrace.runtime.errors import ActorDied, CodecError, LenderDied
+from headrace.runtime.errors import ActorDied, CodecError, LenderDied, MailboxFull
 from headrace.runtime.lending import INLINE_BYTES, Lending
 from headrace.runtime.mailbox import Lane
 from headrace.runtime.protocol import Kind
@@ -645,6 +645,26 @@ async def test_a_transport_that_refuses_a_copied_message_fails_its_caller(net, m
     await all_back(net)
 
 
+async def test_an_answer_that_a_transport_refuses_once_it_is_copied_fails_its_caller(net, monkeypatch):
+    a, b = net["a"], net["b"]
+    send = b.transport.send
+
+    def refuse(peer, envelope, buffers, *, bulk=False):
+        if buffers:
+            raise MailboxFull("too much waits")
+        return send(peer, envelope, buffers, bulk=bulk)
+
+    monkeypatch.setattr(b.transport, "send", refuse)
+    for n in (LARGE, HUGE):
+        with pytest.raises(MailboxFull, match="too much waits"):
+            await a.ref("giver").make(n, 1)
+        with pytest.raises(MailboxFull, match="too much waits"):
+            _ = [item async for item in a.ref("giver").series.stream([10, *[n] * 100])]
+    await until(lambda: b.cells["giver"].idle)
+    assert await a.ref("giver").make(10, 1) is not None
+    await all_back(net)
+
+
 @pytest.mark.parametrize("n", [LARGE, HUGE])
 async def test_messages_that_are_never_handled_give_back_what_they_held(net, n):
     a, b = net["a"], net["b"]
@@ -681,24 +701,29 @@ async def test_what_waits_for_credit_gives_back_what_it_held(net, n):
     holding = asyncio.ensure_future(echo.hold())
     await until(lambda: b.cells["echo"].actor.seen == ["held"])
     window = a.routes.window("b#1", "echo", Lane.NORMAL)
-    while window.take_nowait():
-        window.charge()
 
-    def waiting():
-        return [asyncio.ensure_future(echo.note(pattern(n, seed))) for seed in range(3)]
+    async def waiting():
+        while window.take_nowait():
+            window.charge()
+        calls = [asyncio.ensure_future(echo.note(pattern(n, seed))) for seed in range(3)]
+        await until(lambda: a.lending.arena.in_use()["leases"] == 3)
+        return calls
 
-    cancelled, *others = waiting()
-    await until(lambda: a.lending.arena.in_use()["leases"] == 3)
+    cancelled, *others = await waiting()
     cancelled.cancel()
     await until(lambda: a.lending.arena.in_use()["leases"] == 2)
     # Another incarnation has taken its place: they ask that, by the one credit that came back.
-    a.directory.update(replace(a.directory.get("echo"), incarnation=2))
+    status = a.directory.get("echo")
+    a.directory.update(replace(status, incarnation=2))
     window.give(1)
-    await until(lambda: a.lending.arena.in_use()["leases"] == 1)
+    for end in await asyncio.gather(*others, return_exceptions=True):
+        assert isinstance(end, ActorDied)
+    await until(lambda: nothing_lent(a.lending) and window.available == 1)
+    a.directory.update(status)
+    calls = await waiting()
     a.peer_down("b#1", "killed")
-    for call in others:
-        call.cancel()
-    await asyncio.gather(cancelled, holding, *others, return_exceptions=True)
+    for end in await asyncio.gather(holding, *calls, return_exceptions=True):
+        assert isinstance(end, ActorDied)
     assert a.counters["gone"] + a.counters["lost"] == window.sent
     await until(lambda: nothing_lent(a.lending))
 

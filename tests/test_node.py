@@ -319,6 +319,18 @@ async def test_cancelling_the_caller_cancels_the_handler_and_the_actor_serves_on
     await until(lambda: not cell.at_work())
 
 
+async def test_a_message_that_is_cancelled_twice_leaves_its_actor_at_work(net):
+    cell, _ = await net.host("b", Echo(), "echo")
+    echo = net["a"].ref("echo")
+    call = asyncio.create_task(echo.hold())
+    await until(lambda: cell.actor.seen == ["held"])
+    (delivery,) = cell.at_work()
+    assert cell.cancel(delivery.key) and cell.cancel(delivery.key)
+    await until(lambda: cell.idle)
+    assert cell.actor.seen == ["held", "cancelled"] and await echo.echo(1) == 1
+    call.cancel()
+
+
 async def test_a_message_cancelled_in_the_mailbox_never_runs_and_gives_its_credit_back(net):
     cell, _ = await net.host("b", Small(), "small")
     small = net["a"].ref("small")
