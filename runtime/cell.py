@@ -288,7 +288,7 @@ class Cell:
         except Exception as error:  # noqa: BLE001 (the edge of an actor: the caller gets it)
             self._fail(delivery, error)
         finally:
-            del delivery.args, delivery.kwargs  # Whatever was begun meanwhile has the scope in its context, for long.
+            delivery.args, delivery.kwargs = (), {}  # What was begun meanwhile has it in its context, for long.
 
     async def _stream(self, delivery: Delivery, handler: Callable[..., Any]) -> None:
         delivery.window = CreditWindow(STREAM_WINDOW, STREAM_WINDOW_BYTES)
