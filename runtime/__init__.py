@@ -8,6 +8,7 @@
     the wire         protocol.py, frame.py what a message looks like       transport.py what carries it
                      zmq_transport.py, outlet.py, inbox.py over ZeroMQ     memory_transport.py in memory, for tests
                      curve.py keys, for tcp
+    large arrays     lending.py, borrow.py to nodes of this host           arena.py, memfd.py the memory they share
     supervision      system.py the root                                    strategy.py who restarts with whom
                      children.py, hosting.py carry it out                  supervisor.py policies and budgets
                      directory.py who lives where                          memory.py what a restart keeps
