@@ -70,6 +70,7 @@ class Node:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self.transport = transport(key, address, self._receive, self._malformed)
+        self.transport.take_plain(self._receive_plain)
 
     # Sending ------------------------------------------------------------------------------------------------
 
@@ -376,25 +377,39 @@ class Node:
 
     def _receive(self, sender: str, envelope: Envelope, buffers: list[Buffer]) -> None:
         if sender in self._fenced:
-            self.counters["fenced"] += 1
-            self.transport.tell_fenced(sender)
+            self._turn_away(sender, 1)
             return
         try:
             fields = decode(envelope, buffers)
-            kind = check(fields)
         except CodecError as error:
             self._refuse(sender, envelope, buffers, error)
             return
-        if kind <= Kind.STREAM:
-            try:
-                self._deliver(self._accept(sender, fields, size_of(envelope, buffers)))
-            except CodecError as error:
-                self._malformed(sender, str(error))
-        elif kind <= Kind.END:
-            _, id, number, value = fields
-            self._resolve(sender, kind, id, number, value, size_of(envelope, buffers))
-        else:
-            self._control(sender, fields)
+        self._take(sender, fields, size_of(envelope, buffers))
+
+    def _receive_plain(self, sender: str, envelopes: list[Any], sizes: list[int]) -> None:
+        """The same for what has come together and was unpacked at once."""
+        if sender in self._fenced:
+            self._turn_away(sender, len(envelopes))
+            return
+        for fields, size in zip(envelopes, sizes, strict=True):
+            self._take(sender, fields, size)
+
+    def _take(self, sender: str, fields: Any, size: int) -> None:
+        try:
+            kind = check(fields)
+            if kind <= Kind.STREAM:
+                self._deliver(self._accept(sender, fields, size))
+            elif kind <= Kind.END:
+                _, id, number, value = fields
+                self._resolve(sender, kind, id, number, value, size)
+            else:
+                self._control(sender, fields)
+        except CodecError as error:
+            self._malformed(sender, str(error))
+
+    def _turn_away(self, sender: str, messages: int) -> None:
+        self.counters["fenced"] += messages
+        self.transport.tell_fenced(sender)
 
     def _accept(self, sender: str, fields: list[Any], size: int) -> Delivery:
         """Raises CodecError."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from .codec import Buffer
 from .curve import Keys
@@ -21,6 +21,8 @@ from .frame import Envelope
 
 OnEnvelope = Callable[[str, Envelope, list[Buffer]], None]
 """Sender, envelope, its buffers."""
+OnPlain = Callable[[str, list[Any], list[int]], None]
+"""Sender; envelopes without buffers, unpacked, of which nothing else is known; the size of each."""
 OnMalformed = Callable[[str, str], None]
 """Sender, what was wrong."""
 OnPeer = Callable[[str], None]
@@ -56,6 +58,9 @@ class Transport(Protocol):
     """Called for each heartbeat of a peer."""
     on_fenced: OnPeer
     """Called when a peer says that this node was declared dead: nobody takes its messages any more."""
+
+    def take_plain(self, on_plain: OnPlain) -> None:
+        """Has `on_plain` take what it can, in place of on_envelope: the envelopes of a message are unpacked at once."""
 
     def connect(self, peer: str, address: str) -> None:
         """Opens the way to a peer; does nothing if it is open."""
