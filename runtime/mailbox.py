@@ -91,12 +91,17 @@ class Mailbox(Generic[T]):
             if self.bytes > self.peak_bytes:
                 self.peak_bytes = self.bytes
         if self._consumer is not None:
-            self._wake_consumer()
+            self.wake()
 
     def has_room(self, lane: Lane, size: int = 0) -> bool:
         """Whether `put` would succeed, and nobody waits for it."""
         queue = self._lanes[lane]
         return not queue.waiting and not queue.promised and self._fits(lane, size, queue)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether its consumer waits, and nothing has come yet."""
+        return self._consumer is not None and not self._consumer.done()
 
     @asynccontextmanager
     async def room(self, lane: Lane, size: int = 0) -> AsyncIterator[None]:
@@ -128,12 +133,21 @@ class Mailbox(Generic[T]):
     async def get(self) -> T:
         """The next item by lane, waiting for one."""
         while (item := self.take()) is None:
-            self._consumer = asyncio.get_running_loop().create_future()
-            try:
-                await self._consumer
-            finally:
-                self._consumer = None
+            await self.wait()
         return item
+
+    async def wait(self) -> None:
+        """Waits until something is put, or `wake` is called."""
+        self._consumer = asyncio.get_running_loop().create_future()
+        try:
+            await self._consumer
+        finally:
+            self._consumer = None
+
+    def wake(self) -> None:
+        """Ends the wait of the consumer."""
+        if self._consumer is not None and not self._consumer.done():
+            self._consumer.set_result(None)
 
     def remove(self, matches: Callable[[T], bool]) -> list[T]:
         """Takes out what matches: messages whose sender withdrew them, or all that a dead actor left."""
@@ -156,10 +170,6 @@ class Mailbox(Generic[T]):
         count = len(queue.items) + queue.promised
         room = count < self.capacity and queue.bytes + queue.promised_bytes + size <= self.capacity_bytes
         return room or not count or lane == Lane.SYSTEM
-
-    def _wake_consumer(self) -> None:
-        if self._consumer is not None and not self._consumer.done():
-            self._consumer.set_result(None)
 
     async def _wait_for_room(self, queue: _Queue[T], size: int) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()

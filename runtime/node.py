@@ -31,7 +31,7 @@ from functools import partial
 from math import inf
 from typing import Any
 
-from .cell import Cell
+from .cell import SLICE_S, Cell
 from .codec import Buffer, decode, encode, skim, weigh
 from .directory import Directory
 from .doors import Delivery, Door, Doors
@@ -67,6 +67,8 @@ class Node:
         self._events = events
         self._fenced: set[str] = set()
         self._doors = Doors(key, self.cells)
+        self._slice_ends = 0.0
+        """Until then handlers may be begun where their messages arrive."""
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self.transport = transport(key, address, self._receive, self._malformed)
@@ -391,14 +393,16 @@ class Node:
         if sender in self._fenced:
             self._turn_away(sender, len(envelopes))
             return
+        self._slice_ends = time.perf_counter() + SLICE_S
         for fields, size in zip(envelopes, sizes, strict=True):
             self._take(sender, fields, size)
+        self._slice_ends = 0.0
 
     def _take(self, sender: str, fields: Any, size: int) -> None:
         try:
             kind = check(fields)
             if kind <= Kind.STREAM:
-                self._deliver(self._accept(sender, fields, size))
+                self._deliver_at_once(self._accept(sender, fields, size))
             elif kind <= Kind.END:
                 _, id, number, value = fields
                 self._resolve(sender, kind, id, number, value, size)
@@ -416,6 +420,13 @@ class Node:
         kind, _, left, id, head, args, kwargs = fields
         now = self._loop.time()
         return Delivery(kind, id, self._doors.find(sender, head), now, now + left, args, kwargs, size)
+
+    def _deliver_at_once(self, delivery: Delivery) -> None:
+        door = delivery.door
+        if door.at_once and delivery.kind != Kind.STREAM and time.perf_counter() < self._slice_ends:
+            if door.cell.at_once(delivery):
+                return
+        self._deliver(delivery)
 
     def _deliver(self, delivery: Delivery) -> None:
         door = delivery.door
