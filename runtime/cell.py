@@ -24,7 +24,7 @@ from .doors import Delivery, Door
 from .errors import ActorDied, DeadlineExceeded, RuntimeFault
 from .mailbox import CreditDebt, CreditWindow, Lane, Mailbox
 from .protocol import STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, window_of
-from .turns import Begun, enter_task, first_step, leave_task
+from .turns import Begun, enter_task, leave_task
 
 STOP_S = 5.0
 """Time that an actor's `stop` may take."""
@@ -80,13 +80,13 @@ class Cell:
         self.incarnation = incarnation
         self.turns: Mailbox[Delivery] = Mailbox(actor.mailbox_capacity, actor.mailbox_bytes)
         self.overlapping: Mailbox[Delivery] = Mailbox(actor.mailbox_capacity, actor.mailbox_bytes)
-        self.up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self.up: asyncio.Future[None] = self._loop.create_future()
         """Done when `start` has returned; carries its exception if it raised."""
         self.memory: Memory | None = None
         self.handled = 0
         """Messages whose handler was begun."""
         self._node = node
-        self._loop = asyncio.get_running_loop()
         self._clock = self._loop.time
         self._debts: dict[tuple[str, Lane], CreditDebt] = {}
         self._turn: tuple[asyncio.Task[None], Delivery] | None = None
@@ -97,7 +97,7 @@ class Cell:
         """Of the task of the turns, and so of their first steps."""
         self._begun: Begun | None = None
         """The rest of a turn whose first step was made at once."""
-        self._closing = asyncio.Event()
+        self._closing: asyncio.Future[None] = self._loop.create_future()
         self._starting: asyncio.Task[None] | None = None
 
     def open(self, door: Door, *, credited: bool) -> None:
@@ -115,10 +115,9 @@ class Cell:
     def at_once(self, delivery: Delivery) -> bool:
         """Handles a message here and now, up to where it waits for something, if the actor is idle: most have ended by
         then, and cost no task switch. The task of the turns goes on with the others. False if it must queue."""
-        if not self.turns.awaited:
-            return False
         task = self._turns
-        assert task is not None
+        if task is None or not self.turns.awaited:
+            return False
         try:
             enter_task(self._loop, task)
         except RuntimeError:
@@ -177,7 +176,8 @@ class Cell:
 
     def close(self) -> None:
         """Asks the cell to stop. `start` and handlers at work are cancelled; what runs on a thread is waited for."""
-        self._closing.set()
+        if not self._closing.done():
+            self._closing.set_result(None)
         if self._starting is not None:
             self._starting.cancel()
 
@@ -193,8 +193,9 @@ class Cell:
                     self.memory.started()
                 self.up.set_result(None)
                 self._turns = tasks.create_task(self._take_turns(), context=self._context)
-                tasks.create_task(self._overlap(tasks), name=f"{self.name}:overlapping")
-                await self._closing.wait()
+                if any(spec.concurrent for spec in self.actor.messages.values()):
+                    tasks.create_task(self._overlap(tasks), name=f"{self.name}:overlapping")
+                await self._closing
                 raise _Stop
         except* _Stop:
             pass
@@ -291,18 +292,19 @@ class Cell:
     def _first_step(self, delivery: Delivery) -> None:
         """Begins a message, in the context of the task of the turns, which takes over unless it has ended well."""
         enter(delivery)
-        value, begun = first_step(delivery.door.handler, delivery.args, delivery.kwargs)
-        if begun is None and delivery.kind == Kind.CALL:
+        try:
+            work = delivery.door.handler(*delivery.args, **delivery.kwargs)
             try:
-                self._node.answer(delivery, Kind.REPLY, value)
-            except Exception as error:  # noqa: BLE001 (the task tells the caller)
-                begun = Begun.failed(error)
-        if begun is None:
-            self._turn = None
-            enter(None)
-        else:
-            self._begun = begun
-            self.turns.wake()
+                self._begun = Begun(work, work.send(None))
+            except StopIteration as end:
+                if delivery.kind == Kind.CALL:
+                    self._node.answer(delivery, Kind.REPLY, end.value)
+                self._turn = None
+                enter(None)
+                return
+        except BaseException as error:  # noqa: BLE001 (the task tells the caller)
+            self._begun = Begun(None, None, error)
+        self.turns.wake()
 
     async def _overlap(self, tasks: asyncio.TaskGroup) -> None:
         """Handles messages as they come, each in a task of its own."""

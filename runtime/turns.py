@@ -1,10 +1,10 @@
 """The first step of a handler, outside of the task that is to run it.
 
-    first_step(call) -> its value                          most handlers end at once, and need no task switch
-                     '> Begun -> `await begun` in the task: goes on where it waits, or raises what it raised
+    coroutine.send(None) -> its value                     most handlers end at once, and need no task switch
+                         '> Begun -> `await begun` in the task: goes on where it waits, or raises what it raised
 
-asyncio's tasks begin a coroutine by themselves, a turn of the loop later. Python 3.12 has eager tasks for this; here the
-task exists already, since an actor has one for all its turns. Knows nothing of messages.
+asyncio's tasks begin a coroutine by themselves, a turn of the loop later. Python 3.12 has eager tasks for this; here
+the task exists already, since an actor has one for all its turns. Knows nothing of messages.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 import asyncio
 from asyncio.tasks import _enter_task as enter_task
 from asyncio.tasks import _leave_task as leave_task
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Coroutine, Generator
 from typing import Any
 
-__all__ = ["Begun", "enter_task", "first_step", "leave_task"]
+__all__ = ["Begun", "enter_task", "leave_task"]
 
 
 class Begun:
@@ -23,19 +23,13 @@ class Begun:
 
     __slots__ = ("_error", "_waits_for", "_work")
 
-    def __init__(self, work: Coroutine[Any, Any, Any], waits_for: Any) -> None:
-        """`waits_for`: what it has yielded: a future, or None."""
+    def __init__(
+        self, work: Coroutine[Any, Any, Any] | None, waits_for: Any, error: BaseException | None = None
+    ) -> None:
+        """`waits_for`: what it has yielded: a future, or None. Without `work`, it has ended by `error`."""
         self._work = work
         self._waits_for = waits_for
-        self._error: BaseException | None = None
-
-    @classmethod
-    def failed(cls, error: BaseException) -> Begun:
-        """One that has ended by an exception."""
-        begun = cls.__new__(cls)
-        begun._work = begun._waits_for = None  # type: ignore[assignment]
-        begun._error = error
-        return begun
+        self._error = error
 
     def cancel(self, error: asyncio.CancelledError) -> None:
         """The task was cancelled before it went on with it: as if it had waited already. What has ended, has ended."""
@@ -61,14 +55,3 @@ class Begun:
                     waits_for = work.send(sent)
         except StopIteration as end:
             return end.value
-
-
-def first_step(call: Callable[..., Coroutine[Any, Any, Any]], args: Any, kwargs: Any) -> tuple[Any, Begun | None]:
-    """The value of an async function, if it has one without waiting; else the rest of the work."""
-    try:
-        work = call(*args, **kwargs)
-        return None, Begun(work, work.send(None))
-    except StopIteration as end:
-        return end.value, None
-    except BaseException as error:  # noqa: BLE001 (raised again where the rest is awaited)
-        return None, Begun.failed(error)
