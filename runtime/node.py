@@ -31,7 +31,7 @@ from functools import partial
 from math import inf
 from typing import Any
 
-from .cell import SLICE_S, Cell
+from .cell import Cell
 from .codec import Buffer, decode, encode, skim, weigh
 from .directory import Directory
 from .doors import Delivery, Door, Doors
@@ -45,6 +45,9 @@ from .routes import Route, Routes, blame, not_connected
 from .transport import TransportFactory
 from .waits import Pending, PendingStream, Waits
 from .zmq_transport import ZmqTransport
+
+AT_ONCE_S = 0.002
+"""For so long the messages that came together are handled as they are read; the rest of them waits for its turn."""
 
 MAX_DEAD_LETTERS = 1000
 MAX_MALFORMED_EVENTS = 20
@@ -328,7 +331,7 @@ class Node:
         try:
             left = limit - self._loop.time()
             envelope, buffers = encode([kind, route.lane, left, id, route.head, [*args], kwargs])
-            size = size_of(envelope, buffers)
+            size = len(envelope) if not buffers else size_of(envelope, buffers)
             bulk = size > BULK_BYTES
             if not self.transport.send(route.node, envelope, buffers, bulk=bulk):
                 raise not_connected(route)
@@ -393,8 +396,17 @@ class Node:
         if sender in self._fenced:
             self._turn_away(sender, len(envelopes))
             return
-        self._slice_ends = time.perf_counter() + SLICE_S
+        self._slice_ends = time.perf_counter() + AT_ONCE_S
+        table = self.waits.table
         for fields, size in zip(envelopes, sizes, strict=True):
+            # Most are answers to calls, and nothing is wrong with them.
+            if type(fields) is list and len(fields) == 4 and fields[0] == Kind.REPLY and type(fields[1]) is int:
+                pending = table.get(fields[1])
+                if type(pending) is Pending and pending.node == sender and not pending.withdrawn:
+                    del table[pending.id]
+                    if not pending.future.done():
+                        pending.future.set_result(fields[3])
+                    continue
             self._take(sender, fields, size)
         self._slice_ends = 0.0
 
@@ -402,7 +414,13 @@ class Node:
         try:
             kind = check(fields)
             if kind <= Kind.STREAM:
-                self._deliver_at_once(self._accept(sender, fields, size))
+                delivery = self._accept(sender, fields, size)
+                door = delivery.door
+                if door.at_once and kind != Kind.STREAM and time.perf_counter() < self._slice_ends:
+                    assert door.cell is not None
+                    if door.cell.at_once(delivery):
+                        return
+                self._deliver(delivery)
             elif kind <= Kind.END:
                 _, id, number, value = fields
                 self._resolve(sender, kind, id, number, value, size)
@@ -420,13 +438,6 @@ class Node:
         kind, _, left, id, head, args, kwargs = fields
         now = self._loop.time()
         return Delivery(kind, id, self._doors.find(sender, head), now, now + left, args, kwargs, size)
-
-    def _deliver_at_once(self, delivery: Delivery) -> None:
-        door = delivery.door
-        if door.at_once and delivery.kind != Kind.STREAM and time.perf_counter() < self._slice_ends:
-            if door.cell.at_once(delivery):
-                return
-        self._deliver(delivery)
 
     def _deliver(self, delivery: Delivery) -> None:
         door = delivery.door

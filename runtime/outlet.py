@@ -24,8 +24,8 @@ from .transport import Backlog
 MAX_MESSAGES_PER_FLUSH = 64
 """Sent before other work of the loop gets its turn."""
 
-FLUSH_AT = 256
-"""So many envelopes don't wait for the end of the loop turn."""
+FLUSH_AT = 32
+"""So many envelopes don't wait for the end of the loop turn: the peer may work on them while more are written."""
 
 APART_S = 50e-6
 """What comes so long after the last message, which was a single one, waits for no other."""
@@ -63,11 +63,13 @@ class Outlet:
 
     def put(self, envelope: Envelope, buffers: list[Buffer]) -> None:
         """Queues an envelope. Raises MailboxFull, CodecError."""
-        self._backlog.add(size_of(envelope, buffers), system=is_system(envelope))
+        size = len(envelope) if not buffers else size_of(envelope, buffers)
+        if not self._backlog.add_quickly(size):
+            self._backlog.add(size, system=is_system(envelope))
         self._queue.append((envelope, buffers))
         if self._scheduled:
-            if len(self._queue) == FLUSH_AT:
-                self.flush()
+            if len(self._queue) % FLUSH_AT == 0:
+                self._send_queue()
         elif self._single and time.perf_counter() - self._sent_at > APART_S:
             self.flush()
         else:
@@ -82,6 +84,9 @@ class Outlet:
     def flush(self) -> None:
         """Sends until ZeroMQ takes no more, or it is the turn of others."""
         self._scheduled = False
+        self._send_queue()
+
+    def _send_queue(self) -> None:
         dealer = self._dealer
         if dealer.closed:
             return

@@ -224,7 +224,7 @@ class ZmqTransport:
                 # A chunk costs as much as hundreds of small envelopes.
                 work += inbox.accept(*_receive(router)) if inbox is self._control else self._accept_chunk(router)
                 # To run into Again would cost more than the message.
-                if router.closed or not router.getsockopt(_EVENTS) & _READABLE:
+                if not _has_more(router):
                     return
                 if work >= MAX_ENVELOPES_PER_DRAIN or time.perf_counter() > until:
                     break
@@ -318,6 +318,10 @@ class _Link:
     def close(self, *, linger_ms: int) -> None:
         for outlet in self.outlets():
             outlet.close(linger_ms)
+
+
+def _has_more(router: Socket) -> bool:
+    return not router.closed and bool(int(router.getsockopt(_EVENTS)) & _READABLE)
 
 
 def _receive(router: Socket) -> tuple[bytes, list[Buffer]]:
