@@ -295,16 +295,21 @@ class Cell:
         try:
             work = delivery.door.handler(*delivery.args, **delivery.kwargs)
             try:
-                self._begun = Begun(work, work.send(None))
+                waits_for = work.send(None)
             except StopIteration as end:
-                if delivery.kind == Kind.CALL:
-                    self._node.answer(delivery, Kind.REPLY, end.value)
-                self._turn = None
-                enter(None)
+                value = end.value
+            else:
+                self._begun = Begun(work, waits_for)
+                self.turns.wake()
                 return
+            if delivery.kind == Kind.CALL:
+                self._node.answer(delivery, Kind.REPLY, value)
         except BaseException as error:  # noqa: BLE001 (the task tells the caller)
             self._begun = Begun(None, None, error)
-        self.turns.wake()
+            self.turns.wake()
+        else:
+            self._turn = None
+            enter(None)
 
     async def _overlap(self, tasks: asyncio.TaskGroup) -> None:
         """Handles messages as they come, each in a task of its own."""

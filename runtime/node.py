@@ -198,7 +198,7 @@ class Node:
             return size
         envelope, buffers = encode([kind, delivery.id, delivery.items, value])
         size = len(envelope) if not buffers else size_of(envelope, buffers)
-        self._reply(origin, envelope, buffers, bulk=size > BULK_BYTES)
+        self._reply(origin, envelope, buffers, size > BULK_BYTES)
         return size
 
     def acknowledge(self, delivery: Delivery, what: str) -> None:
@@ -348,12 +348,12 @@ class Node:
         if node == self.key:
             self._control(node, fields)
         elif node not in self._fenced:
-            self._reply(node, *encode(fields), bulk=bulk)
+            self._reply(node, *encode(fields), bulk)
 
-    def _reply(self, node: str, envelope: Envelope, buffers: list[Buffer], *, bulk: bool) -> None:
+    def _reply(self, node: str, envelope: Envelope, buffers: list[Buffer], bulk: bool) -> None:
         """Sends what nobody could be told of if it failed; whoever waits for it has a deadline."""
         try:
-            if not self.transport.send(node, envelope, buffers, bulk=bulk):
+            if not self.transport.send(node, envelope, buffers, bulk):
                 self.counters["undeliverable_answers"] += 1
         except MailboxFull:
             self.counters["undeliverable_answers"] += 1

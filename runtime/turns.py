@@ -10,12 +10,16 @@ the task exists already, since an actor has one for all its turns. Knows nothing
 from __future__ import annotations
 
 import asyncio
+from asyncio.tasks import _current_tasks  # type: ignore[attr-defined]
 from asyncio.tasks import _enter_task as enter_task
 from asyncio.tasks import _leave_task as leave_task
-from collections.abc import Coroutine, Generator
-from typing import Any
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, cast
 
-__all__ = ["Begun", "enter_task", "leave_task"]
+__all__ = ["Begun", "current_task", "enter_task", "leave_task"]
+
+current_task = cast("Callable[[asyncio.AbstractEventLoop], asyncio.Task[Any] | None]", _current_tasks.get)
+"""asyncio.current_task, which is written in Python before 3.12, without its checks."""
 
 
 class Begun:
