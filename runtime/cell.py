@@ -10,6 +10,7 @@ Knows its node only as the place where answers go. Who restarts a failed cell is
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from .doors import Delivery, Door
 from .errors import ActorDied, DeadlineExceeded, RuntimeFault
 from .mailbox import CreditDebt, CreditWindow, Lane, Mailbox
 from .protocol import STREAM_WINDOW, STREAM_WINDOW_BYTES, Kind, window_of
+from .turns import Begun, enter_task, leave_task
 
 STOP_S = 5.0
 """Time that an actor's `stop` may take."""
@@ -78,18 +80,24 @@ class Cell:
         self.incarnation = incarnation
         self.turns: Mailbox[Delivery] = Mailbox(actor.mailbox_capacity, actor.mailbox_bytes)
         self.overlapping: Mailbox[Delivery] = Mailbox(actor.mailbox_capacity, actor.mailbox_bytes)
-        self.up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self.up: asyncio.Future[None] = self._loop.create_future()
         """Done when `start` has returned; carries its exception if it raised."""
         self.memory: Memory | None = None
         self.handled = 0
         """Messages whose handler was begun."""
         self._node = node
-        self._clock = asyncio.get_running_loop().time
+        self._clock = self._loop.time
         self._debts: dict[tuple[str, Lane], CreditDebt] = {}
         self._turn: tuple[asyncio.Task[None], Delivery] | None = None
         self._running: dict[tuple[str, int], tuple[asyncio.Task[None], Delivery]] = {}
         """Messages that overlap."""
-        self._closing = asyncio.Event()
+        self._turns: asyncio.Task[None] | None = None
+        self._context = contextvars.copy_context()
+        """Of the task of the turns, and so of their first steps."""
+        self._begun: Begun | None = None
+        """The rest of a turn whose first step was made at once."""
+        self._closing: asyncio.Future[None] = self._loop.create_future()
         self._starting: asyncio.Task[None] | None = None
 
     def open(self, door: Door, *, credited: bool) -> None:
@@ -98,10 +106,29 @@ class Cell:
         door.mailbox = self.overlapping if spec.concurrent else self.turns
         door.handler = getattr(self.actor, door.method)
         door.kind = spec.kind
+        door.at_once = spec.kind == "async" and not spec.concurrent and self.memory is None
         if credited:
             window = window_of(self.actor.mailbox_capacity, self.actor.mailbox_bytes)
             door.debt = self._debts.setdefault((door.origin, door.lane), CreditDebt(*window))
         door.cell = self
+
+    def at_once(self, delivery: Delivery) -> bool:
+        """Handles a message here and now, up to where it waits for something, if the actor is idle: most have ended by
+        then, and cost no task switch. The task of the turns goes on with the others. False if it must queue."""
+        task = self._turns
+        if task is None or not self.turns.awaited:
+            return False
+        try:
+            enter_task(self._loop, task)
+        except RuntimeError:
+            return False  # This is called by a task, into which no other can be put.
+        try:
+            if self._begin(delivery):
+                self._turn = task, delivery
+                self._context.run(self._first_step, delivery)
+        finally:
+            leave_task(self._loop, task)
+        return True
 
     def cancel(self, key: tuple[str, int]) -> bool:
         """Stops the handler of one message, running or not yet begun, which is acknowledged as soon as it does not run.
@@ -150,7 +177,8 @@ class Cell:
 
     def close(self) -> None:
         """Asks the cell to stop. `start` and handlers at work are cancelled; what runs on a thread is waited for."""
-        self._closing.set()
+        if not self._closing.done():
+            self._closing.set_result(None)
         if self._starting is not None:
             self._starting.cancel()
 
@@ -165,9 +193,10 @@ class Cell:
                 if self.memory is not None:
                     self.memory.started()
                 self.up.set_result(None)
-                tasks.create_task(self._take_turns())
-                tasks.create_task(self._overlap(tasks), name=f"{self.name}:overlapping")
-                await self._closing.wait()
+                self._turns = tasks.create_task(self._take_turns(), context=self._context)
+                if any(spec.concurrent for spec in self.actor.messages.values()):
+                    tasks.create_task(self._overlap(tasks), name=f"{self.name}:overlapping")
+                await self._closing
                 raise _Stop
         except* _Stop:
             pass
@@ -219,15 +248,22 @@ class Cell:
         mailbox, now = self.turns, time.perf_counter
         began = now()
         while True:
-            delivery = mailbox.take()
-            if delivery is None:
-                enter(None)  # An idle actor keeps no arrays alive.
-                delivery = await mailbox.get()
-            if not self._begin(delivery):
-                continue
-            self._turn = task, delivery
+            begun, self._begun = self._begun, None
+            if begun is not None:
+                assert self._turn is not None
+                delivery = self._turn[1]
+            else:
+                waiting = mailbox.take()
+                if waiting is None:
+                    enter(None)  # An idle actor keeps no arrays alive.
+                    await self._wait()
+                    continue
+                delivery = waiting
+                if not self._begin(delivery):
+                    continue
+                self._turn = task, delivery
             try:
-                await self._handle(delivery)
+                await self._handle(delivery, begun)
             except asyncio.CancelledError:
                 if not delivery.withdrawn:
                     self._abandon(delivery)
@@ -237,11 +273,44 @@ class Cell:
                 self._turn = None
             if self.memory is not None:
                 self.memory.turn_ended()
-            if delivery.withdrawn and task.uncancel():
+            if delivery.withdrawn:
+                task.uncancel()
+            if task.cancelling():
                 raise asyncio.CancelledError  # The cell was stopped in the same turn of the loop.
             if now() - began > SLICE_S:
                 await asyncio.sleep(0)
                 began = now()
+
+    async def _wait(self) -> None:
+        """Waits for something to do."""
+        try:
+            await self.turns.wait()
+        except asyncio.CancelledError as error:
+            if self._begun is None:
+                raise
+            self._begun.cancel(error)
+
+    def _first_step(self, delivery: Delivery) -> None:
+        """Begins a message, in the context of the task of the turns, which takes over unless it has ended well."""
+        enter(delivery)
+        try:
+            work = delivery.door.handler(*delivery.args, **delivery.kwargs)
+            try:
+                waits_for = work.send(None)
+            except StopIteration as end:
+                value = end.value
+            else:
+                self._begun = Begun(work, waits_for)
+                self.turns.wake()
+                return
+            if delivery.kind == Kind.CALL:
+                self._node.answer(delivery, Kind.REPLY, value)
+        except BaseException as error:  # noqa: BLE001 (the task tells the caller)
+            self._begun = Begun(None, None, error)
+            self.turns.wake()
+        else:
+            self._turn = None
+            enter(None)
 
     async def _overlap(self, tasks: asyncio.TaskGroup) -> None:
         """Handles messages as they come, each in a task of its own."""
@@ -266,11 +335,14 @@ class Cell:
         self._node.dead_letter(delivery, DeadlineExceeded(late))
         return False
 
-    async def _handle(self, delivery: Delivery) -> None:
+    async def _handle(self, delivery: Delivery, begun: Begun | None = None) -> None:
         door = delivery.door
-        enter(delivery)
+        if begun is None:
+            enter(delivery)
         try:
-            if door.kind == "async":
+            if begun is not None:
+                value = await begun
+            elif door.kind == "async":
                 value = await door.handler(*delivery.args, **delivery.kwargs)
             elif door.kind == "thread":
                 value = await self.actor.in_thread(partial(door.handler, *delivery.args, **delivery.kwargs))

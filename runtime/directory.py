@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Literal
 from weakref import WeakSet
@@ -66,6 +66,8 @@ class Directory:
 
     def __init__(self) -> None:
         self._table: dict[str, Status] = {}
+        self.look: Callable[[str], Status | None] = self._table.get
+        """What is known of an actor now, or None."""
         self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}
         """Those who wait for a change of an actor, in order."""
         self._watchers: dict[str, WeakSet[_Watcher]] = {}

@@ -27,6 +27,8 @@ class Door:
     mailbox: Mailbox[Delivery]
     handler: Callable[..., Any]
     kind: str
+    at_once = False
+    """Its handler may be begun where its message arrives; see Cell.at_once."""
     debt: CreditDebt | None = None
     """Its messages come by credits of their sender, which gets them back when they have left the mailbox."""
 

@@ -23,8 +23,8 @@ import msgpack
 from .buffers import BufferPool
 from .codec import Buffer
 from .errors import CodecError
-from .frame import split
-from .transport import MAX_MESSAGE_BYTES, OnEnvelope, OnMalformed, OnPeer
+from .frame import read, split
+from .transport import MAX_MESSAGE_BYTES, OnEnvelope, OnMalformed, OnPeer, OnPlain
 
 VERSION = 1
 CHUNK_BYTES = 1 << 20
@@ -123,6 +123,8 @@ class Inbox:
     ) -> None:
         """`max_bytes`: of one message; a larger one is refused."""
         self.duplicates = 0
+        self.on_plain: OnPlain | None = None
+        """Takes all envelopes of a message without buffers, unpacked; on_envelope those that it is not given."""
         self._max_bytes = max_bytes
         self._on_envelope = on_envelope
         self._on_malformed = on_malformed
@@ -137,14 +139,14 @@ class Inbox:
         sender = self._senders.get(peer.encode())
         return None if sender is None else sender.heard
 
-    def accept(self, identity: bytes, frames: Sequence[memoryview]) -> int:
+    def accept(self, identity: bytes, frames: Sequence[Buffer]) -> int:
         """Takes one message; returns about how many envelopes' work it was."""
         sender = self._senders.get(identity) or self._meet(identity)
         try:
             if not frames or len(frames[0]) < _STAMP.size:
                 raise CodecError("a message without its first eight bytes")
             (head,) = _STAMP.unpack_from(frames[0])
-            size = sum(map(len, frames))
+            size = len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
             if size > self._max_bytes:
                 raise CodecError(
                     f"an oversized message of {size} bytes; by this way they have {self._max_bytes} at most"
@@ -159,7 +161,7 @@ class Inbox:
                 return 1
             form = head >> 48 & 0xFF
             if form == Form.BATCH:
-                return self._deliver(sender, [frames[0][_STAMP.size :], *frames[1:]])
+                return self._deliver(sender, [memoryview(frames[0])[_STAMP.size :], *frames[1:]])
             self._other(sender, form, frames)
         except CodecError as error:
             self._on_malformed(sender.name, str(error))
@@ -177,19 +179,27 @@ class Inbox:
         sender = self._senders[identity] = _Sender(identity.decode("utf-8", "replace"), self._clock())
         return sender
 
-    def _deliver(self, sender: _Sender, frames: Sequence[memoryview]) -> int:
+    def _deliver(self, sender: _Sender, frames: Sequence[Buffer]) -> int:
+        if self.on_plain is not None and len(frames) == 1:
+            try:
+                plain, sizes = read(frames[0])
+            except CodecError:
+                pass  # One by one: what is wrong with one of them is told of that one.
+            else:
+                self.on_plain(sender.name, plain, sizes)
+                return len(sizes) + 1
         envelopes = split(frames)
         for envelope, buffers in envelopes:
             self._on_envelope(sender.name, envelope, buffers)
         return len(envelopes) + 1
 
-    def _other(self, sender: _Sender, form: int, frames: Sequence[memoryview]) -> None:
+    def _other(self, sender: _Sender, form: int, frames: Sequence[Buffer]) -> None:
         if form == Form.BEAT:
             self._on_beat(sender.name)
         elif form == Form.FENCED:
             self._on_fenced(sender.name)
         elif form == Form.BLOCK:
-            self._begin(sender, frames[0][_STAMP.size :])
+            self._begin(sender, memoryview(frames[0])[_STAMP.size :])
         elif form == Form.CHUNK:
             self._continue(sender, frames)
         else:
@@ -215,7 +225,7 @@ class Inbox:
         if cut_off:
             raise CodecError("a large message was cut off by the next one")
 
-    def _continue(self, sender: _Sender, frames: Sequence[memoryview]) -> None:
+    def _continue(self, sender: _Sender, frames: Sequence[Buffer]) -> None:
         block = sender.block
         if block is None:
             return  # Of a block that was refused, and reported then.

@@ -66,7 +66,8 @@ class Mailbox(Generic[T]):
         self.bytes = 0
         self.peak_bytes = 0
         self._size = 0
-        self._lanes: tuple[_Queue[T], ...] = tuple(_Queue() for _ in Lane)
+        self._lanes: dict[int, _Queue[T]] = {}
+        """Those that were used, by priority: most actors are sent messages of one kind only."""
         self._consumer: asyncio.Future[None] | None = None
 
     def __len__(self) -> int:
@@ -75,7 +76,7 @@ class Mailbox(Generic[T]):
     def put(self, item: T, lane: Lane, size: int = 0, *, credited: bool = False) -> None:
         """Appends an item of `size` bytes. Raises MailboxFull at the bound of the lane, except in the system lane and
         for a `credited` item, whose place is its sender's credit."""
-        queue = self._lanes[lane]
+        queue = self._lanes.get(lane) or self._open(lane)
         if not credited and not self._fits(lane, size, queue):
             full = f"{len(queue.items)} of {self.capacity} messages wait"
             if len(queue.items) < self.capacity:
@@ -91,17 +92,22 @@ class Mailbox(Generic[T]):
             if self.bytes > self.peak_bytes:
                 self.peak_bytes = self.bytes
         if self._consumer is not None:
-            self._wake_consumer()
+            self.wake()
 
     def has_room(self, lane: Lane, size: int = 0) -> bool:
         """Whether `put` would succeed, and nobody waits for it."""
-        queue = self._lanes[lane]
+        queue = self._lanes.get(lane) or self._open(lane)
         return not queue.waiting and not queue.promised and self._fits(lane, size, queue)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether its consumer waits, and nothing has come yet."""
+        return self._consumer is not None and not self._consumer.done()
 
     @asynccontextmanager
     async def room(self, lane: Lane, size: int = 0) -> AsyncIterator[None]:
         """Waits, in order of asking, until `put` would succeed, which it does at the beginning of the block."""
-        queue = self._lanes[lane]
+        queue = self._lanes.get(lane) or self._open(lane)
         try:
             if not self.has_room(lane, size):
                 await self._wait_for_room(queue, size)
@@ -113,7 +119,7 @@ class Mailbox(Generic[T]):
         """The next item by lane, or None."""
         if not self._size:
             return None
-        for lane, queue in enumerate(self._lanes):
+        for lane, queue in self._lanes.items():
             if queue.items:
                 item, size = queue.items.popleft()
                 self._size -= 1
@@ -128,17 +134,26 @@ class Mailbox(Generic[T]):
     async def get(self) -> T:
         """The next item by lane, waiting for one."""
         while (item := self.take()) is None:
-            self._consumer = asyncio.get_running_loop().create_future()
-            try:
-                await self._consumer
-            finally:
-                self._consumer = None
+            await self.wait()
         return item
+
+    async def wait(self) -> None:
+        """Waits until something is put, or `wake` is called."""
+        self._consumer = asyncio.get_running_loop().create_future()
+        try:
+            await self._consumer
+        finally:
+            self._consumer = None
+
+    def wake(self) -> None:
+        """Ends the wait of the consumer."""
+        if self._consumer is not None and not self._consumer.done():
+            self._consumer.set_result(None)
 
     def remove(self, matches: Callable[[T], bool]) -> list[T]:
         """Takes out what matches: messages whose sender withdrew them, or all that a dead actor left."""
         removed: list[T] = []
-        for lane, queue in enumerate(self._lanes):
+        for lane, queue in self._lanes.items():
             out = [item for item in queue.items if matches(item[0])]
             if not out:
                 continue
@@ -152,14 +167,15 @@ class Mailbox(Generic[T]):
             self._wake_senders(lane, queue)
         return removed
 
+    def _open(self, lane: int) -> _Queue[T]:
+        queue = _Queue[T]()
+        self._lanes = dict(sorted([*self._lanes.items(), (lane, queue)]))
+        return queue
+
     def _fits(self, lane: int, size: int, queue: _Queue[T]) -> bool:
         count = len(queue.items) + queue.promised
         room = count < self.capacity and queue.bytes + queue.promised_bytes + size <= self.capacity_bytes
         return room or not count or lane == Lane.SYSTEM
-
-    def _wake_consumer(self) -> None:
-        if self._consumer is not None and not self._consumer.done():
-            self._consumer.set_result(None)
 
     async def _wait_for_room(self, queue: _Queue[T], size: int) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -23,7 +23,7 @@ from .curve import Keys
 from .errors import LaunchError
 from .frame import Envelope, is_system, join, size_of
 from .inbox import Form, Inbox, stamp
-from .transport import TELL_AGAIN_S, Backlog, OnEnvelope, OnMalformed, OnPeer, ignore
+from .transport import TELL_AGAIN_S, Backlog, OnEnvelope, OnMalformed, OnPeer, OnPlain, ignore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +126,9 @@ class MemoryTransport:
             raise LaunchError(f"can't bind {address}: {self.network.nodes[address].identity} listens there")
         self.network.nodes[address] = self
         return address
+
+    def take_plain(self, on_plain: OnPlain) -> None:
+        self.control.on_plain = self.bulk.on_plain = on_plain
 
     def connect(self, peer: str, address: str) -> None:
         self._addresses.setdefault(peer, address)

@@ -51,6 +51,9 @@ from .transport import TransportFactory
 from .waits import Pending, PendingStream, Waits
 from .zmq_transport import ZmqTransport
 
+AT_ONCE_S = 0.002
+"""For so long the messages that came together are handled as they are read; the rest of them waits for its turn."""
+
 MAX_DEAD_LETTERS = 1000
 MAX_MALFORMED_EVENTS = 20
 
@@ -79,9 +82,12 @@ class Node:
         self._events = events
         self._fenced: set[str] = set()
         self._doors = Doors(key, self.cells)
+        self._slice_ends = 0.0
+        """Until then handlers may be begun where their messages arrive."""
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self.transport = transport(key, address, self._receive, self._malformed)
+        self.transport.take_plain(self._receive_plain)
         self.lending = Lending(key, arena_bytes, self.transport, self._unsent)
         self._lend = self.lending.lend
         self._local = self.transport.local
@@ -363,7 +369,7 @@ class Node:
             left = limit - self._loop.time()
             lend = self._lend if route.node in self._local else None
             envelope, buffers = encode([kind, route.lane, left, id, route.head, [*args], kwargs], lend)
-            size = size_of(envelope, buffers)
+            size = len(envelope) if not buffers else size_of(envelope, buffers)
             bulk = size > BULK_BYTES
             if not (self.lending.cargo or self.transport).send(route.node, envelope, buffers, bulk=bulk):
                 raise not_connected(route)
@@ -381,12 +387,12 @@ class Node:
         if node == self.key:
             self._control(node, fields)
         elif node not in self._fenced:
-            self._reply(node, *encode(fields), bulk=bulk)
+            self._reply(node, *encode(fields), bulk)
 
-    def _reply(self, node: str, envelope: Envelope, buffers: list[Buffer], *, bulk: bool) -> None:
+    def _reply(self, node: str, envelope: Envelope, buffers: list[Buffer], bulk: bool) -> None:
         """Sends what nobody could be told of if it failed; whoever waits for it has a deadline."""
         try:
-            if not self.transport.send(node, envelope, buffers, bulk=bulk):
+            if not self.transport.send(node, envelope, buffers, bulk):
                 self.counters["undeliverable_answers"] += 1
         except MailboxFull:
             self.counters["undeliverable_answers"] += 1
@@ -434,25 +440,56 @@ class Node:
 
     def _receive(self, sender: str, envelope: Envelope, buffers: list[Buffer]) -> None:
         if sender in self._fenced:
-            self.counters["fenced"] += 1
-            self.transport.tell_fenced(sender)
+            self._turn_away(sender, 1)
             return
         try:
             fields = decode(envelope, buffers, partial(self.lending.borrow, sender)) if buffers else decode(envelope)
-            kind = check(fields)
         except CodecError as error:
             self._refuse(sender, envelope, buffers, error)
             return
-        if kind <= Kind.STREAM:
-            try:
-                self._deliver(self._accept(sender, fields, size_of(envelope, buffers)))
-            except CodecError as error:
-                self._malformed(sender, str(error))
-        elif kind <= Kind.END:
-            _, id, number, value = fields
-            self._resolve(sender, kind, id, number, value, size_of(envelope, buffers))
-        else:
-            self._control(sender, fields)
+        self._take(sender, fields, size_of(envelope, buffers))
+
+    def _receive_plain(self, sender: str, envelopes: list[Any], sizes: list[int]) -> None:
+        """The same for what has come together and was unpacked at once."""
+        if sender in self._fenced:
+            self._turn_away(sender, len(envelopes))
+            return
+        self._slice_ends = time.perf_counter() + AT_ONCE_S
+        table = self.waits.table
+        for fields, size in zip(envelopes, sizes, strict=True):
+            # Most are answers to calls, and nothing is wrong with them.
+            if type(fields) is list and len(fields) == 4 and fields[0] == Kind.REPLY and type(fields[1]) is int:
+                pending = table.get(fields[1])
+                if type(pending) is Pending and pending.node == sender and not pending.withdrawn:
+                    del table[pending.id]
+                    if not pending.future.done():
+                        pending.future.set_result(fields[3])
+                    continue
+            self._take(sender, fields, size)
+        self._slice_ends = 0.0
+
+    def _take(self, sender: str, fields: Any, size: int) -> None:
+        try:
+            kind = check(fields)
+            if kind <= Kind.STREAM:
+                delivery = self._accept(sender, fields, size)
+                door = delivery.door
+                if door.at_once and kind != Kind.STREAM and time.perf_counter() < self._slice_ends:
+                    assert door.cell is not None
+                    if door.cell.at_once(delivery):
+                        return
+                self._deliver(delivery)
+            elif kind <= Kind.END:
+                _, id, number, value = fields
+                self._resolve(sender, kind, id, number, value, size)
+            else:
+                self._control(sender, fields)
+        except CodecError as error:
+            self._malformed(sender, str(error))
+
+    def _turn_away(self, sender: str, messages: int) -> None:
+        self.counters["fenced"] += messages
+        self.transport.tell_fenced(sender)
 
     def _accept(self, sender: str, fields: list[Any], size: int) -> Delivery:
         """Raises CodecError."""

@@ -1,4 +1,5 @@
-"""What waits to be sent to a peer by one ZeroMQ socket, and how it leaves: at the end of the loop turn, as one message.
+"""What waits to be sent to a peer by one ZeroMQ socket, and how it leaves: at the end of the loop turn, as one message;
+or at once, as long as the messages to a peer come one by one.
 
     put -> queue -> [join: one message of up to 256 envelopes] -> socket        bulk: one envelope, cut into chunks
                                             '--- no room: waits for the descriptor
@@ -9,6 +10,7 @@ A beat goes ahead of the queue. Knows nothing of addresses, nor of what arrives.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextvars import Context
@@ -23,14 +25,18 @@ from .transport import Backlog
 MAX_MESSAGES_PER_FLUSH = 64
 """Sent before other work of the loop gets its turn."""
 
-FLUSH_AT = 256
-"""So many envelopes don't wait for the end of the loop turn."""
+FLUSH_AT = 32
+"""So many envelopes don't wait for the end of the loop turn: the peer may work on them while more are written."""
+
+APART_S = 50e-6
+"""What comes so long after the last message, which was a single one, waits for no other."""
 
 Socket = zmq.Socket[bytes]
 
 # As plain numbers: pyzmq's enums cost as much as the sending.
 _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
+_EVENTS = int(zmq.EVENTS)
 _WRITABLE = int(zmq.POLLOUT)
 
 
@@ -50,19 +56,27 @@ class Outlet:
         """What ZeroMQ had no room for."""
         self._beat_due = False
         self._scheduled = False
+        self._single = True
+        """The last message held one envelope."""
+        self._sent_at = 0.0
         self._emptied: asyncio.Event | None = None
         # In no context: the first sender's would hold what its actor works on, as long as the outlet is there.
-        Context().run(self._loop.add_reader, dealer.fileno(), self.flush)
+        Context().run(self._loop.add_reader, dealer.fileno(), self._awake)
 
     def put(self, envelope: Envelope, buffers: list[Buffer]) -> None:
         """Queues an envelope. Raises MailboxFull, CodecError."""
-        self._backlog.add(size_of(envelope, buffers), system=is_system(envelope))
+        size = len(envelope) if not buffers else size_of(envelope, buffers)
+        if not self._backlog.add_quickly(size):
+            self._backlog.add(size, system=is_system(envelope))
         self._queue.append((envelope, buffers))
-        if not self._scheduled:
+        if self._scheduled:
+            if len(self._queue) % FLUSH_AT == 0:
+                self._send_queue()
+        elif self._single and time.perf_counter() - self._sent_at > APART_S:
+            self.flush()
+        else:
             self._scheduled = True
             self._loop.call_soon(self.flush)
-        elif len(self._queue) == FLUSH_AT:
-            self.flush()
 
     def beat(self) -> None:
         """Sends a sign of life, ahead of what is queued."""
@@ -72,6 +86,9 @@ class Outlet:
     def flush(self) -> None:
         """Sends until ZeroMQ takes no more, or it is the turn of others."""
         self._scheduled = False
+        self._send_queue()
+
+    def _send_queue(self) -> None:
         dealer = self._dealer
         if dealer.closed:
             return
@@ -83,15 +100,16 @@ class Outlet:
             try:
                 _send(dealer, message)
             except zmq.Again:
+                self._single = False
                 # The descriptor is edge-triggered: reading EVENTS re-arms it, and a wake-up flushes again.
-                if not int(dealer.getsockopt(zmq.EVENTS)) & _WRITABLE:
+                if not int(dealer.getsockopt(_EVENTS)) & _WRITABLE:
                     return
                 continue
             self._stuck = None
         else:
             self._scheduled = True
             self._loop.call_soon(self.flush)
-        dealer.getsockopt(zmq.EVENTS)
+        self._sent_at = time.perf_counter()
         if self._emptied is not None and not self._backlog.messages:
             self._emptied.set()
 
@@ -109,6 +127,12 @@ class Outlet:
         self._loop.remove_reader(self._dealer.fileno())
         self._dealer.close(linger=linger_ms)
 
+    def _awake(self) -> None:
+        """The descriptor has told something; reading EVENTS makes it silent again."""
+        if not self._dealer.closed:
+            self._dealer.getsockopt(_EVENTS)
+            self.flush()
+
     def _next_message(self) -> list[Buffer] | None:
         if self._beat_due:
             self._beat_due = False
@@ -119,6 +143,7 @@ class Outlet:
             return None
         batch = next_batch(queue)
         frames = join(batch)
+        self._single = len(batch) == 1
         if len(batch) == len(queue):
             self._under_way = self._backlog.messages, self._backlog.bytes
             queue.clear()

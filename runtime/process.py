@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -28,6 +29,8 @@ from .node import Node
 from .prctl import PR_SET_NAME, PR_SET_PDEATHSIG, prctl
 from .stacks import enable_dump
 from .zmq_transport import ZmqTransport
+
+GC_THRESHOLD = 50_000, 20, 100
 
 
 async def serve(spec: dict[str, Any], beats: int) -> None:
@@ -93,6 +96,9 @@ def run(beats: int, loop: asyncio.AbstractEventLoop | None = None) -> NoReturn:
 
         loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
+    # An actor is some fifty objects that live long: with Python's own thresholds the collector walks all of them again
+    # and again, and takes most of the time of starting thousands of actors.
+    gc.set_threshold(*GC_THRESHOLD)
     code = 1
     try:
         loop.run_until_complete(serve(spec, beats))

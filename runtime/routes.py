@@ -41,15 +41,15 @@ class Routes:
     def __init__(self, here: str, directory: Directory) -> None:
         self._here = here
         self._directory = directory
+        self._look = directory.look
         self._routes: dict[tuple[str, str], Route] = {}
         self._windows: dict[tuple[str, str, int], CreditWindow] = {}
 
     def find(self, name: str, method: str) -> Route:
         """Raises UnknownActor, UnknownMessage."""
-        status = self._directory.get(name)
         route = self._routes.get((name, method))
-        if route is None or route.status is not status:
-            route = self._routes[name, method] = self._make(status, method)
+        if route is None or route.status is not self._look(name):
+            route = self._routes[name, method] = self._make(self._directory.get(name), method)
         return route
 
     def window(self, node: str, actor: str, lane: int) -> CreditWindow | None:

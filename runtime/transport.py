@@ -12,7 +12,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from .codec import Buffer
 from .curve import Keys
@@ -21,6 +21,8 @@ from .frame import Envelope
 
 OnEnvelope = Callable[[str, Envelope, list[Buffer]], None]
 """Sender, envelope, its buffers."""
+OnPlain = Callable[[str, list[Any], list[int]], None]
+"""Sender; envelopes without buffers, unpacked, of which nothing else is known; the size of each."""
 OnMalformed = Callable[[str, str], None]
 """Sender, what was wrong."""
 OnPeer = Callable[[str], None]
@@ -57,13 +59,16 @@ class Transport(Protocol):
     on_fenced: OnPeer
     """Called when a peer says that this node was declared dead: nobody takes its messages any more."""
 
+    def take_plain(self, on_plain: OnPlain) -> None:
+        """Has `on_plain` take what it can, in place of on_envelope: the envelopes of a message are unpacked at once."""
+
     def connect(self, peer: str, address: str) -> None:
         """Opens the way to a peer; does nothing if it is open."""
 
     def disconnect(self, peer: str) -> None:
         """Forgets a peer that is gone, with what was still queued for it."""
 
-    def send(self, peer: str, envelope: Envelope, buffers: list[Buffer], *, bulk: bool = False) -> bool:
+    def send(self, peer: str, envelope: Envelope, buffers: list[Buffer], bulk: bool = False) -> bool:
         """Queues an envelope; False if the peer is not connected. `buffers` must not change until they are sent.
 
         `bulk`: by the way of large ones, on which others may overtake it. Raises MailboxFull if too much waits for this
@@ -113,6 +118,14 @@ class Backlog:
                     "them too slowly; slow down, and ask again"
                 )
         self.messages, self.bytes = messages, total
+
+    def add_quickly(self, size: int) -> bool:
+        """One message more, if it is far from every bound."""
+        if self.messages >= BACKLOG_MESSAGES or self.bytes + size > min(BACKLOG_BYTES, MAX_MESSAGE_BYTES):
+            return False
+        self.messages += 1
+        self.bytes += size
+        return True
 
     def remove(self, messages: int, size: int) -> None:
         """They were sent."""

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from .deadline import Scope, current_scope, deadline_of_call
 from .errors import ActorDied, DeadlineExceeded, RuntimeFault
 from .protocol import STREAM_WINDOW, Kind, unpack_error
+from .turns import current_task
 
 ACKNOWLEDGE_S = 10.0
 """Time that a callee has to say that it has stopped; then the wait is written off, counted and logged."""
@@ -141,7 +142,7 @@ class Waits:
         loop = self._loop
         now, scope, id = loop.time(), current_scope(), next(self._ids)
         if scope is None:
-            pending = kind(id, target, method, asyncio.current_task(loop), now, now + own_s, loop.create_future())
+            pending = kind(id, target, method, current_task(loop), now, now + own_s, loop.create_future())
         else:
             due = deadline_of_call(scope, now, own_s)
             pending = kind(id, target, method, scope, now, due, loop.create_future())

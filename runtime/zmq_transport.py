@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
+import time
 from collections import OrderedDict
 from functools import partial
 
@@ -30,6 +31,7 @@ from .transport import (
     OnEnvelope,
     OnMalformed,
     OnPeer,
+    OnPlain,
     bulk_address,
     check_address,
     ignore,
@@ -50,7 +52,14 @@ MAX_BULK_PIECE_BYTES = 1 << 26
 PORT_ATTEMPTS = 50
 MAX_PAST_PEERS = 1024
 
+SLICE_S = 0.001
+"""And so long at most, beside the last message."""
+
+# As plain numbers: pyzmq's enums cost as much as the receiving.
 _NOBLOCK = int(zmq.NOBLOCK)
+_EVENTS = int(zmq.EVENTS)
+_RCVMORE = int(zmq.RCVMORE)
+_READABLE = int(zmq.POLLIN)
 
 
 class ZmqTransport:
@@ -108,6 +117,9 @@ class ZmqTransport:
             self._loop.add_reader(router.fileno(), drain)
             self._loop.call_soon(drain)
         return address
+
+    def take_plain(self, on_plain: OnPlain) -> None:
+        self._control.on_plain = self._bulk.on_plain = on_plain
 
     def connect(self, peer: str, address: str) -> None:
         """Says where a peer is, whose socket had better be bound: ZeroMQ tries again only after a while.
@@ -206,10 +218,16 @@ class ZmqTransport:
 
     def _drain(self, router: Socket, inbox: Inbox) -> None:
         work = 0
+        until = time.perf_counter() + SLICE_S
         try:
-            while work < MAX_ENVELOPES_PER_DRAIN and not router.closed:
+            while not router.closed:
                 # A chunk costs as much as hundreds of small envelopes.
                 work += inbox.accept(*_receive(router)) if inbox is self._control else self._accept_chunk(router)
+                # To run into Again would cost more than the message.
+                if not _has_more(router):
+                    return
+                if work >= MAX_ENVELOPES_PER_DRAIN or time.perf_counter() > until:
+                    break
         except zmq.Again:
             return
         except BaseException:
@@ -302,11 +320,15 @@ class _Link:
             outlet.close(linger_ms)
 
 
-def _receive(router: Socket) -> tuple[bytes, list[memoryview]]:
+def _has_more(router: Socket) -> bool:
+    return not router.closed and bool(int(router.getsockopt(_EVENTS)) & _READABLE)
+
+
+def _receive(router: Socket) -> tuple[bytes, list[Buffer]]:
     """The sender's identity and the frames of one message. Raises zmq.Again."""
     identity = router.recv(_NOBLOCK)
-    frames = []
-    more = True
+    frames: list[Buffer] = [router.recv(_NOBLOCK)]
+    more = router.getsockopt(_RCVMORE)
     while more:
         part = router.recv(_NOBLOCK, copy=False)
         frames.append(part.buffer)
