@@ -10,16 +10,19 @@ the task exists already, since an actor has one for all its turns. Knows nothing
 from __future__ import annotations
 
 import asyncio
-from asyncio.tasks import _current_tasks  # type: ignore[attr-defined]
+import asyncio.tasks
+import sys
 from asyncio.tasks import _enter_task as enter_task
 from asyncio.tasks import _leave_task as leave_task
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any, cast
 
 __all__ = ["Begun", "current_task", "enter_task", "leave_task"]
 
-current_task = cast("Callable[[asyncio.AbstractEventLoop], asyncio.Task[Any] | None]", _current_tasks.get)
-"""asyncio.current_task, which is written in Python before 3.12, without its checks."""
+current_task: Callable[[asyncio.AbstractEventLoop], asyncio.Task[Any] | None] = (
+    asyncio.current_task if sys.version_info >= (3, 12) else asyncio.tasks._current_tasks.get  # type: ignore[attr-defined]
+)
+"""asyncio.current_task; before 3.12 it is written in Python, here without its checks."""
 
 
 class Begun:
@@ -33,7 +36,7 @@ class Begun:
         """`waits_for`: what it has yielded: a future, or None. Without `work`, it has ended by `error`."""
         self.cr_await = work
         """Named as in a coroutine, for those who look where a task is."""
-        self._waits_for = (waits_for,)
+        self._waits_for: tuple[Any, ...] = (waits_for,)
         self._error = error
 
     def cancel(self, error: asyncio.CancelledError) -> None:
@@ -42,8 +45,8 @@ class Begun:
         if self.cr_await is not None and (future is None or not future.cancel()):
             self._error = error
 
-    def __await__(self) -> Begun:
-        return self
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return cast("Generator[Any, Any, Any]", self)
 
     def __iter__(self) -> Begun:
         return self
