@@ -182,7 +182,7 @@ async def test_large_messages_and_what_belongs_to_them_go_the_bulk_way(net, monk
         net[name].lending.arena.limit_bytes = 0
         send = net[name].transport.send
 
-        def spy(peer, envelope, buffers, *, bulk=False, send=send, name=name):
+        def spy(peer, envelope, buffers, bulk=False, send=send, name=name):
             ways.append((name, decode(envelope, buffers)[0], bulk))
             return send(peer, envelope, buffers, bulk=bulk)
 

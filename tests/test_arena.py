@@ -50,7 +50,7 @@ class Wire:
         self.sent = deque()
         self.connected = True
 
-    def send(self, peer, envelope, buffers, *, bulk=False):
+    def send(self, peer, envelope, buffers, bulk=False):
         if self.connected:
             self.sent.append((peer, envelope, buffers))
         return self.connected
@@ -649,7 +649,7 @@ async def test_an_answer_that_a_transport_refuses_once_it_is_copied_fails_its_ca
     a, b = net["a"], net["b"]
     send = b.transport.send
 
-    def refuse(peer, envelope, buffers, *, bulk=False):
+    def refuse(peer, envelope, buffers, bulk=False):
         if buffers:
             raise MailboxFull("too much waits")
         return send(peer, envelope, buffers, bulk=bulk)
