@@ -13,7 +13,7 @@ import asyncio
 from asyncio.tasks import _current_tasks  # type: ignore[attr-defined]
 from asyncio.tasks import _enter_task as enter_task
 from asyncio.tasks import _leave_task as leave_task
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 __all__ = ["Begun", "current_task", "enter_task", "leave_task"]
@@ -25,37 +25,44 @@ current_task = cast("Callable[[asyncio.AbstractEventLoop], asyncio.Task[Any] | N
 class Begun:
     """A coroutine after its first step. To be awaited once."""
 
-    __slots__ = ("_error", "_waits_for", "_work")
+    __slots__ = ("_error", "_waits_for", "cr_await")
 
     def __init__(
         self, work: Coroutine[Any, Any, Any] | None, waits_for: Any, error: BaseException | None = None
     ) -> None:
         """`waits_for`: what it has yielded: a future, or None. Without `work`, it has ended by `error`."""
-        self._work = work
-        self._waits_for = waits_for
+        self.cr_await = work
+        """Named as in a coroutine, for those who look where a task is."""
+        self._waits_for = (waits_for,)
         self._error = error
 
     def cancel(self, error: asyncio.CancelledError) -> None:
         """The task was cancelled before it went on with it: as if it had waited already. What has ended, has ended."""
-        if self._work is not None and (self._waits_for is None or not self._waits_for.cancel()):
+        (future,) = self._waits_for
+        if self.cr_await is not None and (future is None or not future.cancel()):
             self._error = error
 
-    def __await__(self) -> Generator[Any, Any, Any]:
-        work, waits_for, error = self._work, self._waits_for, self._error
-        self._waits_for = self._error = None
-        if work is None:
-            assert error is not None
-            raise error
-        try:
-            while True:
-                try:
-                    if error is not None:
-                        raise error
-                    sent = yield waits_for
-                except BaseException as thrown:  # noqa: BLE001 (whatever it is, it is meant for the coroutine)
-                    error = None
-                    waits_for = work.throw(thrown)
-                else:
-                    waits_for = work.send(sent)
-        except StopIteration as end:
-            return end.value
+    def __await__(self) -> Begun:
+        return self
+
+    def __iter__(self) -> Begun:
+        return self
+
+    def __next__(self) -> Any:
+        if self._error is not None:
+            error, self._error, self._waits_for = self._error, None, ()
+            return self.throw(error)
+        if self._waits_for:
+            (future,), self._waits_for = self._waits_for, ()
+            return future
+        assert self.cr_await is not None
+        return self.cr_await.send(None)
+
+    def throw(self, *error: Any) -> Any:
+        if self.cr_await is None:
+            raise error[0]
+        return self.cr_await.throw(*error)
+
+    def close(self) -> None:
+        if self.cr_await is not None:
+            self.cr_await.close()
