@@ -310,6 +310,7 @@ class Cell:
             self.turns.wake()
         else:
             self._turn = None
+            delivery.args, delivery.kwargs = (), {}
             enter(None)
 
     async def _overlap(self, tasks: asyncio.TaskGroup) -> None:

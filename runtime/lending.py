@@ -157,7 +157,7 @@ class Cargo:
                 self._copies.append((loan.start, loan.target, source))
         return loan.handle
 
-    def send(self, peer: str, envelope: Envelope, buffers: list[Buffer], *, bulk: bool = False) -> bool:
+    def send(self, peer: str, envelope: Envelope, buffers: list[Buffer], bulk: bool = False) -> bool:
         """As a transport does, now or when the copies are made. What is not sent is undone."""
         if self._lending.cargo is self:
             self._lending.cargo = None

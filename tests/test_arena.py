@@ -50,7 +50,7 @@ class Wire:
         self.sent = deque()
         self.connected = True
 
-    def send(self, peer, envelope, buffers, *, bulk=False):
+    def send(self, peer, envelope, buffers, bulk=False):
         if self.connected:
             self.sent.append((peer, envelope, buffers))
         return self.connected
