@@ -86,6 +86,7 @@ class Cell:
         self.memory: Memory | None = None
         self.handled = 0
         """Messages whose handler was begun."""
+        self.ended = False
         self._node = node
         self._clock = self._loop.time
         self._debts: dict[tuple[str, Lane], CreditDebt] = {}
@@ -225,6 +226,7 @@ class Cell:
         return reason or (None if stopping.cancelled() else stopping.exception())
 
     def _bury(self, reason: BaseException | None) -> None:
+        self.ended = True
         if self.actor._thread is not None:
             self.actor._thread.close()
         why = f"the actor stopped ({reason or 'in good order'}) before its turn"

@@ -101,7 +101,8 @@ class Doors:
             actor, method, lane, incarnation = unpack_head(head)
             door = Door(sender, actor, method, _LANES[lane], incarnation)
             cell = self._cells.get(actor)
-            if cell is not None and cell.incarnation == incarnation and method in cell.actor.messages:
+            here = cell is not None and cell.incarnation == incarnation and not cell.ended
+            if cell is not None and here and method in cell.actor.messages:
                 cell.open(door, credited=sender != self._here and door.counted)
                 self._table[sender, head] = door
         return door
@@ -115,7 +116,7 @@ class Doors:
         """Why a door leads nowhere."""
         cell = self._cells.get(door.actor)
         what = f"{door.actor}.{door.method} did not run: it was sent to incarnation {door.incarnation}"
-        if cell is None:
+        if cell is None or cell.ended:
             return ActorDied(f"{what}, it is not here now; ask again")
         if cell.incarnation != door.incarnation:
             return ActorRestarted(f"{what}, that is number {cell.incarnation} now; ask again")
