@@ -13,7 +13,7 @@ import asyncio
 from asyncio.tasks import _current_tasks  # type: ignore[attr-defined]
 from asyncio.tasks import _enter_task as enter_task
 from asyncio.tasks import _leave_task as leave_task
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any, cast
 
 __all__ = ["Begun", "current_task", "enter_task", "leave_task"]
@@ -33,7 +33,7 @@ class Begun:
         """`waits_for`: what it has yielded: a future, or None. Without `work`, it has ended by `error`."""
         self.cr_await = work
         """Named as in a coroutine, for those who look where a task is."""
-        self._waits_for = (waits_for,)
+        self._waits_for: tuple[Any, ...] = (waits_for,)
         self._error = error
 
     def cancel(self, error: asyncio.CancelledError) -> None:
@@ -42,8 +42,8 @@ class Begun:
         if self.cr_await is not None and (future is None or not future.cancel()):
             self._error = error
 
-    def __await__(self) -> Begun:
-        return self
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return cast("Generator[Any, Any, Any]", self)
 
     def __iter__(self) -> Begun:
         return self
