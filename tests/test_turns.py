@@ -85,7 +85,7 @@ class World:
         self.ref = self.a.ref("careful")
         return self
 
-    async def feed(self, *envelopes):
+    def feed(self, *envelopes):
         """These arrive in one message, while no task runs."""
         sizes = [100] * len(envelopes)
         asyncio.get_running_loop().call_soon(self.b._receive_plain, "a#1", [*envelopes], sizes)
@@ -119,9 +119,9 @@ async def test_those_that_wait_and_those_that_do_not_take_turns_in_the_order_of_
 
 
 async def test_what_ends_at_once_is_answered_where_it_arrives(world):
-    await asyncio.sleep(0.01)  # The actor is idle.
-    await world.feed(*(request("at_once", number, id=number) for number in range(5)))
-    await asyncio.sleep(0)
+    await until(lambda: world.cell.turns.awaited)
+    world.feed(*(request("at_once", number, id=number) for number in range(5)))
+    await until(lambda: len(world.actor.seen) == 5)
     assert world.actor.seen == [*range(5)] and world.cell.turns.peak == 0
 
 
@@ -132,23 +132,23 @@ async def test_every_turn_is_in_the_same_task(world):
 
 
 async def test_a_cancellation_that_comes_with_its_message_reaches_what_the_handler_waits_for(world):
-    await asyncio.sleep(0.01)
-    await world.feed(request("hold", "x", id=7), [Kind.CANCEL, "careful", 7], request("at_once", "next", id=8))
+    await until(lambda: world.cell.turns.awaited)
+    world.feed(request("hold", "x", id=7), [Kind.CANCEL, "careful", 7], request("at_once", "next", id=8))
     await until(lambda: len(world.actor.seen) == 2)
     assert world.actor.seen == ["x cancelled, gate True", "next"]
     assert not world.cell.at_work() and world.b.counters["interrupted"] == 0
 
 
 async def test_a_message_that_failed_at_once_and_is_cancelled_leaves_the_actor_alive(world):
-    await asyncio.sleep(0.01)
-    await world.feed(request("refuse", "x", id=7), [Kind.CANCEL, "careful", 7])
+    await until(lambda: world.cell.turns.awaited)
+    world.feed(request("refuse", "x", id=7), [Kind.CANCEL, "careful", 7])
     assert await world.ref.at_once("alive")
     assert not world.task.done()
 
 
 async def test_an_actor_that_is_stopped_with_its_message_under_way_tells_so(world):
-    await asyncio.sleep(0.01)
-    await world.feed(request("hold", "x", id=7))
+    await until(lambda: world.cell.turns.awaited)
+    world.feed(request("hold", "x", id=7))
     asyncio.get_running_loop().call_soon(world.cell.close)
     await asyncio.wait([world.task], timeout=10)
     assert world.task.done() and world.actor.seen == ["x cancelled, gate True"]
@@ -181,7 +181,7 @@ async def test_a_cast_that_fails_at_once_is_the_failure_of_its_actor(world):
 
 
 async def test_a_task_that_receives_queues_what_it_receives(world):
-    await asyncio.sleep(0.01)
+    await until(lambda: world.cell.turns.awaited)
     world.b._receive_plain("a#1", [request("at_once", "x")], [100])
     assert world.actor.seen == [] and len(world.cell.turns) == 1
     await until(lambda: world.actor.seen == ["x"])
