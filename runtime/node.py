@@ -392,7 +392,7 @@ class Node:
     def _reply(self, node: str, envelope: Envelope, buffers: list[Buffer], bulk: bool) -> None:
         """Sends what nobody could be told of if it failed; whoever waits for it has a deadline."""
         try:
-            if not self.transport.send(node, envelope, buffers, bulk):
+            if not self.transport.send(node, envelope, buffers, bulk=bulk):
                 self.counters["undeliverable_answers"] += 1
         except MailboxFull:
             self.counters["undeliverable_answers"] += 1

@@ -68,7 +68,7 @@ class Transport(Protocol):
     def disconnect(self, peer: str) -> None:
         """Forgets a peer that is gone, with what was still queued for it."""
 
-    def send(self, peer: str, envelope: Envelope, buffers: list[Buffer], bulk: bool = False) -> bool:
+    def send(self, peer: str, envelope: Envelope, buffers: list[Buffer], *, bulk: bool = False) -> bool:
         """Queues an envelope; False if the peer is not connected. `buffers` must not change until they are sent.
 
         `bulk`: by the way of large ones, on which others may overtake it. Raises MailboxFull if too much waits for this
