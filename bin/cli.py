@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -87,6 +88,10 @@ def _launch(options: argparse.Namespace) -> int:
     with job.open_run(resume=options.resume) as run:
         import uvloop
 
+        from .runtime.process import GC_THRESHOLD
+
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLD)
         return uvloop.run(_Launch(job, run, plain=options.plain or not sys.stdout.isatty()).run())
 
 

@@ -28,8 +28,8 @@ from .requests import Chunk, Request
 if TYPE_CHECKING:
     from .engine import Engine
 
-STEPS_PER_TURN = 8
-"""Decode steps between two looks at what was asked for."""
+STEPS_PER_TURN = 16
+"""Decode steps between two looks at what was asked for: each look costs the loop, which shares the core."""
 
 TURNS_AHEAD = 2
 """Turns that the thread has been given: while the chunks of one are handed out, the next is computed. A weight swap
