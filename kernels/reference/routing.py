@@ -1,12 +1,4 @@
-"""Mixture-of-experts token balancing in plain torch: the meaning of each kernel, and what runs without a GPU.
-
-    logits_TE --topk_gate--> ids_TK, weights_TK --align--> rows sorted by expert
-    x_TD --permute--> x_ND --(grouped matmul)--> y_ND --unpermute--> y_TD
-
-T tokens, D width, E experts, K choices per token, N = T * K rows. Every order is stable: rows of one expert keep
-token order, so equal input gives equal bits. Differentiable where a gradient has a meaning. Right for any load,
-experts without rows included. Knows nothing of models.
-"""
+"""Which expert each token goes to, and the order of the rows: plain torch. Every order is stable."""
 
 from __future__ import annotations
 
@@ -59,15 +51,3 @@ def align(ids_TK: Tensor, num_experts: int) -> Rows:
     """Sorts the pairs by expert; inside an expert they stay in token order."""
     load_E = expert_load(ids_TK, num_experts)
     return Rows(torch.argsort(ids_TK.reshape(-1), stable=True), load_E, load_E.cumsum(0).to(torch.int32))
-
-
-def permute(x_TD: Tensor, rows: Rows, k: int) -> Tensor:
-    """Copies every token to the rows of its k experts: [N, D]."""
-    return x_TD.index_select(0, rows.pairs_N // k)
-
-
-def unpermute(y_ND: Tensor, rows: Rows, weights_TK: Tensor) -> Tensor:
-    """Brings the rows back and sums each token's k rows by their weights: [T, D]."""
-    num_tokens, k = weights_TK.shape
-    weighted_ND = y_ND * weights_TK.reshape(-1).index_select(0, rows.pairs_N).unsqueeze(1)
-    return y_ND.new_zeros(num_tokens, y_ND.shape[1]).index_add(0, rows.pairs_N // k, weighted_ND)
