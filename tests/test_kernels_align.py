@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shim import KernelFault, ShimBackend, needs_shim
 from torch import Tensor
 
-from headrace.kernels import load, reference, routing
+from headrace.kernels import reference, routing, statistics
 from headrace.kernels.build import SOURCES
 from headrace.kernels.launch import KernelSpec, backend, picking
 from headrace.kernels.reference import Rows
@@ -226,12 +226,12 @@ def test_bad_input_is_refused_before_any_launch(ids, experts, tile, message):
 def test_prob_sum(tokens, experts, dtype, seed):
     probs = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
     with backend(ShimBackend(seed)):
-        total = load.prob_sum(probs)
+        total = statistics.prob_sum(probs)
         total.backward(torch.arange(1.0, experts + 1))
     assert total.dtype == torch.float32
     torch.testing.assert_close(total.double(), probs.detach().double().sum(0), rtol=1e-5, atol=1e-6)
     assert torch.equal(probs.grad, torch.arange(1.0, experts + 1).to(dtype).expand(tokens, experts))
-    torch.testing.assert_close(load.prob_sum(probs.detach()), total.detach())
+    torch.testing.assert_close(statistics.prob_sum(probs.detach()), total.detach())
 
 
 @needs_shim
@@ -245,9 +245,9 @@ def test_load_ema(layers, experts, dtype, decay, seed):
     counts = torch.randint(0, 10**6, (layers, experts), generator=random).to(dtype)
     wanted = (decay * ema.double() + (1 - decay) * counts).float()
     plain, by_kernel = ema.clone(), ema.clone()
-    assert load.load_ema_(plain, counts, decay) is plain
+    assert statistics.load_ema_(plain, counts, decay) is plain
     with backend(ShimBackend(seed)):
-        assert load.load_ema_(by_kernel, counts, decay) is by_kernel
+        assert statistics.load_ema_(by_kernel, counts, decay) is by_kernel
     torch.testing.assert_close(plain, wanted, rtol=1e-5, atol=1e-5)
     assert torch.equal(by_kernel, plain)
 
@@ -261,7 +261,7 @@ def test_bad_statistics_are_refused():
         ((ema.double(), counts, 0.5), "float32"),
     ):
         with pytest.raises(ValueError, match=message):
-            load.load_ema_(*bad)
+            statistics.load_ema_(*bad)
     with pytest.raises(ValueError, match="float32 or bfloat16, not float64"):
-        load.prob_sum(torch.zeros(2, 3, dtype=torch.float64))
-    assert Path(SOURCES / "expert_load.cu").read_text().count(f"ROWS = {load._ROWS};") == 1
+        statistics.prob_sum(torch.zeros(2, 3, dtype=torch.float64))
+    assert Path(SOURCES / "expert_load.cu").read_text().count(f"ROWS = {statistics._ROWS};") == 1
