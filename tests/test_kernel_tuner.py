@@ -13,6 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.kernels import launch
+from headrace.kernels.launch import KernelSpec
+from headrace.kernels.live import LiveTuner
 from headrace.kernels.load import SKEWS, Bucket, Load, Watch
 from headrace.kernels.timings import Cell, Replay, Timings, label
 from headrace.kernels.tuner import (
@@ -27,6 +30,7 @@ from headrace.kernels.tuner import (
     prune,
     search,
 )
+from headrace.tune import tune_main
 
 CONFIGS = [f"BLOCK={32 << i}" for i in range(8)]
 HERE = Load(4096, 1.0, 8).bucket
@@ -267,3 +271,73 @@ def test_on_a_modelled_table_the_tuner_beats_the_default(monkeypatch: pytest.Mon
         gains.append(medians[kernel.configs[0]] / medians[kernel.pick(cell.load.bucket)[0]])
     assert min(gains) >= 0.98
     assert statistics.fmean(gains) >= 1.1
+
+
+class Launches:
+    """Stands for a GPU: what is launched takes as long as its configuration says, and is known a launch later."""
+
+    def __init__(self, truth: dict[str, float]) -> None:
+        self.truth, self.now, self.num_timed = truth, "", 0
+
+    def begin(self) -> str:
+        self.num_timed += 1
+        return self.now
+
+    def end(self, begun: str) -> float:
+        return self.truth[begun]
+
+    def seconds(self, mark: float) -> float | None:
+        return mark
+
+
+SPEC = KernelSpec(source="none.cu", name="none", configs=tuple({"BLOCK": 32 << i} for i in range(4)))
+
+
+def test_installed_it_decides_for_every_launch_and_learns_from_the_timed_ones() -> None:
+    gpu = Launches(dict(zip(CONFIGS, (1.0, 1.2, 0.6, 1.1), strict=False)))
+    live = LiveTuner(Tuner("none", "0"), gpu, lambda spec: spec.configs)
+    live.saw([5, 0, 0, 3])
+    used: Counter[str] = Counter()
+    with live.installed():
+        for _ in range(120 * EXPLORE):
+            config = launch.pick(SPEC, tokens=1000, H=64)
+            gpu.now = label(config)
+            used[gpu.now] += 1
+            with live.around(SPEC, config):
+                pass
+            live.poll()
+    assert used.most_common(1)[0][0] == CONFIGS[2]
+    assert launch.pick(SPEC, tokens=1000, H=64) == SPEC.configs[0], "no longer installed"
+    assert gpu.num_timed <= 2 * 120 + 1
+
+
+def test_a_launch_in_a_captured_graph_is_not_timed() -> None:
+    class Capturing(Launches):
+        def begin(self) -> None:  # type: ignore[override]
+            return None
+
+    live = LiveTuner(Tuner("none", "0"), Capturing({}), lambda spec: spec.configs)
+    for _ in range(3 * EXPLORE):
+        with live.around(SPEC, live.choose(SPEC, {"tokens": 10})):
+            pass
+    assert live.poll() == 0
+
+
+def test_bin_tune_shows_the_choices_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuner = Tuner("H200", "abc")
+    tuner.kernel("permute", "H2048", CONFIGS).tune(HERE, lambda config, runs: [1.0 + (config != CONFIGS[6])] * runs)
+    path = tmp_path / "choices.json"
+    tuner.write(path)
+    assert tune_main(["kernels", "--show", "--table", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "H200" in shown and "permute/H2048" in shown and "4,096" in shown and CONFIGS[6] in shown
+    assert tune_main(["kernels", "--show", "--table", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_bin_tune_says_that_nothing_was_tuned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path))
+    assert tune_main(["kernels", "--show"]) == 1
+    assert "nothing was tuned" in capsys.readouterr().err
