@@ -52,7 +52,7 @@ def _show(path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .kernels.load import SKEWS, STEPS
+    from .kernels.buckets import SKEWS, STEPS
     from .kernels.tuner import Tuner
 
     tuner = Tuner.read(path)

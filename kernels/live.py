@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import launch
+from .buckets import Bucket, Load, Watch
 from .build import compile_source
 from .launch import Config, KernelSpec
-from .load import Bucket, Load, Watch
 from .timings import label
 from .tuner import Kernel, Report, Tuner, prune
 

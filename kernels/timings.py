@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .load import Load
+from .buckets import Load
 
 FORMAT = 1
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .load import Bucket
+from .buckets import Bucket
 
 FORMAT = 1
 

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.kernels import launch
+from headrace.kernels.buckets import SKEWS, Bucket, Load, Watch
 from headrace.kernels.launch import KernelSpec
 from headrace.kernels.live import LiveTuner
-from headrace.kernels.load import SKEWS, Bucket, Load, Watch
 from headrace.kernels.timings import Cell, Replay, Timings, label
 from headrace.kernels.tuner import (
     EXPLORE,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from headrace.kernels.load import STEPS, Load
+from headrace.kernels.buckets import STEPS, Load
 from headrace.kernels.timings import Cell, Config, Timings, label
 from headrace.kernels.tuner import Report, occupancy
 

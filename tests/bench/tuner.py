@@ -21,7 +21,7 @@ import _timing_model
 import numpy as np
 
 from headrace.benchmark import Bar, BenchmarkError, Figures, Say
-from headrace.kernels.load import Bucket, Load, Watch
+from headrace.kernels.buckets import Bucket, Load, Watch
 from headrace.kernels.timings import Cell, Replay, Timings
 from headrace.kernels.tuner import Kernel
 
