@@ -92,11 +92,12 @@ class _Permute(torch.autograd.Function):
         config = launch.pick(PERMUTE, tokens=x.shape[0], row_bytes=row_bytes)
         warps = config["BLOCK"] // 32
         num_rows = out.shape[0]
+        moved = [tensor.view(torch.int32) if size == 4 else tensor for tensor in (x, out)]
         launch.launch(
             PERMUTE,
             _grid(x.shape[0], warps) + _grid(num_rows, config["BLOCK"]) if row_bytes else 0,
             config["BLOCK"],
-            (x, rows_P, rows.pairs_N, out, x.shape[0], k, num_rows, row_bytes // size),
+            (moved[0], rows_P, rows.pairs_N, moved[1], x.shape[0], k, num_rows, row_bytes // size),
             device_of=x,
             config=config,
             variant={"UNIT": _UNITS[size], "INDEX": _INDICES[rows_P.dtype]},

@@ -33,9 +33,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
   }
   const long long first = (warp - token_warps) * 32;
   const long long mine = first + lane;
+  const UNIT zero = {};
   const bool empty = mine < N && !(pairs[mine] >= 0 && pairs[mine] < T * k);
   for (unsigned left = __ballot_sync(FULL_MASK, empty); left; left &= left - 1) {
     const long long row = first + __ffs(left) - 1;
-    for (long long u = lane; u < units; u += 32) out[row * units + u] = UNIT();
+    for (long long u = lane; u < units; u += 32) out[row * units + u] = zero;
   }
 }
