@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import launch, reference
-from .checks import require, require_contiguous, require_device, require_dtype, require_one_of, require_range, require_shape
+from . import checks, launch, reference
 from .launch import KernelSpec
 from .reference.routing import Gate, Score
 
@@ -68,35 +67,45 @@ def topk_gate(
     if not launch.runs_kernels(logits_TE):
         gate = reference.topk_gate(logits_TE, bias_E=bias_E, ids_TK=ids_TK, **rule._asdict())
         return gate if probs else gate._replace(probs_TE=gate.probs_TE[:, :0])
-    require_dtype(_OP, "logits_TE", logits_TE, *_LOGITS)
+    checks.require_dtype(_OP, "logits_TE", logits_TE, *_LOGITS)
     ids, weights, scores = _Gate.apply(logits_TE, bias_E, ids_TK, rule, probs)  # type: ignore[no-untyped-call]
     return Gate(ids, weights, scores)
 
 
 def _check(logits_TE: Tensor, rule: _Rule, bias_E: Tensor | None, ids_TK: Tensor | None) -> None:
-    require(logits_TE.is_floating_point(), _OP, f"logits_TE must be floating-point numbers, not {logits_TE.dtype}")
-    require_shape(_OP, "logits_TE", logits_TE, -1, -1)
+    checks.require(
+        logits_TE.is_floating_point(), _OP, f"logits_TE must be floating-point numbers, not {logits_TE.dtype}"
+    )
+    checks.require_shape(_OP, "logits_TE", logits_TE, -1, -1)
     num_tokens, num_experts = logits_TE.shape
-    require_range(_OP, "the number of experts", num_experts, 1, MAX_EXPERTS)
-    require_range(_OP, "k", rule.k, 1, min(num_experts, MAX_CHOICES))
-    require_one_of(_OP, "score", rule.score, ("softmax", "sigmoid"))
-    require_range(_OP, "groups", rule.groups, 1, min(num_experts, MAX_GROUPS))
-    require_range(_OP, "top_groups", rule.top_groups, 1, rule.groups)
-    require(num_experts % rule.groups == 0, _OP, f"{num_experts} experts can't be split into {rule.groups} equal groups")
+    checks.require_range(_OP, "the number of experts", num_experts, 1, MAX_EXPERTS)
+    checks.require_range(_OP, "k", rule.k, 1, min(num_experts, MAX_CHOICES))
+    checks.require_one_of(_OP, "score", rule.score, ("softmax", "sigmoid"))
+    checks.require_range(_OP, "groups", rule.groups, 1, min(num_experts, MAX_GROUPS))
+    checks.require_range(_OP, "top_groups", rule.top_groups, 1, rule.groups)
+    checks.require(
+        num_experts % rule.groups == 0, _OP, f"{num_experts} experts can't be split into {rule.groups} equal groups"
+    )
     room = num_experts // rule.groups * rule.top_groups
-    require(rule.k <= room, _OP, f"k is {rule.k}, but the {rule.top_groups} best groups have only {room} experts")
-    require_contiguous(_OP, logits_TE=logits_TE, bias_E=bias_E, ids_TK=ids_TK)
-    require_device(_OP, logits_TE, bias_E=bias_E, ids_TK=ids_TK)
+    checks.require(
+        rule.k <= room, _OP, f"k is {rule.k}, but the {rule.top_groups} best groups have only {room} experts"
+    )
+    checks.require_contiguous(_OP, logits_TE=logits_TE, bias_E=bias_E, ids_TK=ids_TK)
+    checks.require_device(_OP, logits_TE, bias_E=bias_E, ids_TK=ids_TK)
     if bias_E is not None:
-        require(rule.score == "sigmoid", _OP, "bias_E moves the choice by sigmoid only; leave it out or set score='sigmoid'")
-        require_shape(_OP, "bias_E", bias_E, num_experts)
-        require_dtype(_OP, "bias_E", bias_E, torch.float32)
+        checks.require(
+            rule.score == "sigmoid", _OP, "bias_E is for score='sigmoid' only; leave it out or change the score"
+        )
+        checks.require_shape(_OP, "bias_E", bias_E, num_experts)
+        checks.require_dtype(_OP, "bias_E", bias_E, torch.float32)
     if ids_TK is not None:
-        require_shape(_OP, "ids_TK", ids_TK, num_tokens, rule.k)
-        require_dtype(_OP, "ids_TK", ids_TK, torch.int64)
+        checks.require_shape(_OP, "ids_TK", ids_TK, num_tokens, rule.k)
+        checks.require_dtype(_OP, "ids_TK", ids_TK, torch.int64)
         if ids_TK.numel() and not ids_TK.is_cuda:  # looking at a GPU's numbers would mean to wait for them
             low, high = int(ids_TK.min()), int(ids_TK.max())
-            require(low >= 0 and high < num_experts, _OP, f"ids_TK must be in [0, {num_experts}), not {low} to {high}")
+            checks.require(
+                low >= 0 and high < num_experts, _OP, f"ids_TK must be in [0, {num_experts}), not {low} to {high}"
+            )
 
 
 class _Gate(torch.autograd.Function):

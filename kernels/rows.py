@@ -34,8 +34,8 @@ SPECS: tuple[KernelSpec, ...] = (PERMUTE, UNPERMUTE, BACKWARD)
 def permute(x_TD: Tensor, rows: Rows, k: int) -> Tensor:
     """Copies every token to the rows of its k experts: [N, D]; rows without a pair are zero.
 
-    x_TD: any format, for bytes are moved; permute fp8 and its scales each in a call of their own. Contiguous, as are the
-    tensors of `rows`, int32 or int64. Differentiable for float32 and bfloat16. Raises ValueError for other input.
+    x_TD: any format, for bytes are moved; permute fp8 and its scales each in a call of their own. Contiguous, as are
+    the tensors of `rows`, int32 or int64. Differentiable for float32 and bfloat16. Raises ValueError for other input.
     """
     _check("permute", x_TD, "x_TD", rows, x_TD.shape[0] * k)
     require_range("permute", "k", k, 1, 2**31)
@@ -50,15 +50,15 @@ def permute(x_TD: Tensor, rows: Rows, k: int) -> Tensor:
 def unpermute(y_ND: Tensor, rows: Rows, weights_TK: Tensor) -> Tensor:
     """Brings the rows back and sums each token's k rows by their weights: [T, D], in the format of y_ND.
 
-    y_ND: float32 or bfloat16; weights_TK: float32. The sum is in float32 and in the order of the choices. Differentiable
-    in both. Raises ValueError for input that is not contiguous, on another device or of another shape or format.
+    y_ND: float32 or bfloat16; weights_TK: float32. The sum is in float32 and in the order of the choices.
+    Differentiable in both. Raises ValueError for other input.
     """
     _check("unpermute", y_ND, "y_ND", rows, weights_TK.numel())
     require_shape("unpermute", "weights_TK", weights_TK, -1, -1)
     require_contiguous("unpermute", weights_TK=weights_TK)
     require_device("unpermute", y_ND, weights_TK=weights_TK)
     num_rows = rows.pairs_N.shape[0]
-    require(y_ND.shape[0] == num_rows, "unpermute", f"y_ND must have the {num_rows} rows of `rows`, not {y_ND.shape[0]}")
+    require(y_ND.shape[0] == num_rows, "unpermute", f"y_ND must have {num_rows} rows, not {y_ND.shape[0]}")
     if not launch.runs_kernels(y_ND):
         return reference.unpermute(y_ND, rows, weights_TK)
     require_dtype("unpermute", "y_ND", y_ND, *_NUMBERS)
@@ -146,9 +146,9 @@ def _sum_rows(y: Tensor, rows_P: Tensor, weights: Tensor | None, num_tokens: int
     config = launch.pick(UNPERMUTE, tokens=num_tokens, width=width)
     launch.launch(
         UNPERMUTE,
-        _grid(num_tokens * -(-width // 8), config["BLOCK"]),
+        num_tokens,
         config["BLOCK"],
-        (y, rows_P, weights, out, num_tokens, k, num_rows, width, _by_chunks(width, y, out)),
+        (y, rows_P, weights, out, k, num_rows, width, _by_chunks(width, y, out)),
         device_of=y,
         config=config,
         variant={"REAL": _NUMBERS[y.dtype], "INDEX": _INDICES[rows_P.dtype]},

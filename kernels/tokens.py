@@ -1,4 +1,4 @@
-"""K12 and K13: log-probabilities of tokens, and drawing tokens. The kernels are cuda/token_logprob.cu, sample_logprob.cu.
+"""K12 and K13: log-probabilities of tokens, and drawing tokens. Kernels: cuda/token_logprob.cu, cuda/sample_logprob.cu.
 
     logits_NV, tokens_N --token_logprob--> logprobs_N, entropies_N, best_N
     logits_NV, temperatures_N, who asks --sample_logprob--> tokens_N, logprobs_N, entropies_N
@@ -35,9 +35,9 @@ def token_logprob(
 ) -> TokenLogprobs:
     """Log-probability (at most 0) of each token and entropy of its row, as `reference.token_logprob` defines them.
 
-    logits_NV: float32 or bfloat16, contiguous; tokens_N: int64, inside [0, V); on a GPU a token outside gives NaN and no
-    gradient, elsewhere an error. Results are float32. With `overwrite` the backward pass on a GPU may write the gradient
-    over the logits, which nobody may need any more; going back a second time then raises torch's RuntimeError about
+    logits_NV: float32 or bfloat16, contiguous; tokens_N: int64, inside [0, V); on a GPU a token outside gives NaN and
+    no gradient, elsewhere an error. Results are float32. With `overwrite` the backward pass on a GPU writes the
+    gradient over the logits, which nobody may need any more; a second one then raises torch's RuntimeError about
     memory that was modified. Raises ValueError for input that breaks these rules.
     """
     op = "token_logprob"
@@ -45,7 +45,8 @@ def token_logprob(
     require(temperature > 0 and math.isfinite(temperature), op, f"temperature must be above 0, not {temperature}")
     if tokens_N.numel() and not tokens_N.is_cuda:  # looking at a GPU's numbers would mean to wait for them
         low, high = int(tokens_N.min()), int(tokens_N.max())
-        require(low >= 0 and high < logits_NV.shape[1], op, f"tokens_N must be in [0, {logits_NV.shape[1]}), not {low} to {high}")
+        vocabulary = logits_NV.shape[1]
+        require(low >= 0 and high < vocabulary, op, f"tokens_N must be in [0, {vocabulary}), not {low} to {high}")
     if not launch.runs_kernels(logits_NV):
         return reference.token_logprob(logits_NV, tokens_N, temperature=temperature)
     require_dtype(op, "logits_NV", logits_NV, *_LOGITS)
@@ -65,9 +66,7 @@ def sample_logprob(
     _check(op, logits_NV, temperatures_N=temperatures_N, ordinals_N=ordinals_N, steps_N=steps_N)
     require_dtype(op, "temperatures_N", temperatures_N, torch.float32)
     if not launch.runs_kernels(logits_NV):
-        return reference.sample_logprob(
-            logits_NV, temperatures_N, seed=seed, ordinals_N=ordinals_N, steps_N=steps_N
-        )
+        return reference.sample_logprob(logits_NV, temperatures_N, seed=seed, ordinals_N=ordinals_N, steps_N=steps_N)
     require_dtype(op, "logits_NV", logits_NV, *_LOGITS)
     num_rows, vocabulary = logits_NV.shape
     tokens = launch.empty((num_rows,), torch.int64, logits_NV)

@@ -14,8 +14,8 @@
 #include "vector.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    permute_rows(const UNIT* __restrict__ x, const INDEX* __restrict__ rows, const INDEX* __restrict__ pairs, UNIT* __restrict__ out, long long T, long long k, long long N,
-                 long long units) {
+    permute_rows(const UNIT* __restrict__ x, const INDEX* __restrict__ rows, const INDEX* __restrict__ pairs,
+                 UNIT* __restrict__ out, long long T, long long k, long long N, long long units) {
   const int lane = threadIdx.x % 32;
   const long long warp = ((long long)blockIdx.x * BLOCK + threadIdx.x) / 32;
   const long long token_warps = (T + BLOCK / 32 - 1) / (BLOCK / 32) * (BLOCK / 32);

@@ -1,7 +1,8 @@
 // K1, the gate of a mixture of experts: the best k of E experts for each token, and their weights; with the gradient.
 //
 //   logits [T, E] LOGIT, row-major; bias [E] f32 or null; ids [T, k] i64; weights [T, k] f32;
-//   scores [T, E] f32 or null; norms [T, 2] f32: the largest logit of a row and the sum of exp(logit - largest).
+//   scores [T, E] f32 or null; norms [T, 2] f32: the largest logit of a row, and one over the sum
+//   of exp(logit - largest).
 //
 // Softmax: score = exp(logit) / sum, the choice is by logit. Sigmoid: score = 1 / (1 + exp(-logit)), the choice is by
 // score + bias; the bias moves the choice only. With several groups of E / groups neighbouring experts, only the best
@@ -38,7 +39,12 @@ static __device__ __forceinline__ float number_of(unsigned key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-static __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+static __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
+
+// Of the softmax of a row: score = exp(logit - top) * share.
+struct Norm {
+  float top, share;
+};
 
 struct Row {
   long long token;
@@ -52,7 +58,7 @@ struct Row {
     lane = threadIdx.x % LANES;
     mask = FULL_MASK >> (32 - LANES) << (threadIdx.x % 32 / LANES * LANES);
   }
-  __device__ long long expert(int slot) const { return ((long long)(slot / 4) * LANES + lane) * 4 + slot % 4; }
+  __device__ int expert(int slot) const { return (slot / 4 * LANES + lane) * 4 + slot % 4; }
 };
 
 // Four experts at once where `aligned`: E is a multiple of four and the logits start at a multiple of 16 bytes.
@@ -64,7 +70,7 @@ static __device__ __forceinline__ void load_row(float (&x)[SLOTS], const Row& ro
   const LOGIT* start = logits + row.token * E;
 #pragma unroll
   for (int s = 0; s < SLOTS; s += 4) {
-    const long long e = row.expert(s);
+    const int e = row.expert(s);
     if (aligned && e < E) {
       const Four four = *reinterpret_cast<const Four*>(start + e);
 #pragma unroll
@@ -104,7 +110,7 @@ static __device__ __forceinline__ float largest(const float (&x)[SLOTS], const R
 // Takes the experts of all but the best groups out of the choice.
 static __device__ void keep_top_groups(unsigned (&key)[SLOTS], unsigned* group_keys, const Row& row, long long E, int groups,
                                 int top_groups, bool by_two) {
-  const long long size = E / groups;
+  const int size = (int)E / groups;
   for (int g = 0; g < groups; ++g) {
     unsigned first = TAKEN, second = TAKEN;
 #pragma unroll
@@ -135,7 +141,7 @@ static __device__ void keep_top_groups(unsigned (&key)[SLOTS], unsigned* group_k
   for (int o = 1; o < LANES; o *= 2) kept |= __shfl_xor_sync(row.mask, kept, o);
 #pragma unroll
   for (int s = 0; s < SLOTS; ++s) {
-    const long long e = row.expert(s);
+    const int e = row.expert(s);
     if (e < E && !(kept >> (e / size) & 1u)) key[s] = TAKEN;
   }
 }
@@ -148,7 +154,7 @@ static __device__ __forceinline__ int take_best(unsigned (&key)[SLOTS], const Ro
   for (int s = 0; s < SLOTS; ++s)
     if (key[s] > best) {
       best = key[s];
-      id = (int)row.expert(s);
+      id = row.expert(s);
     }
 #pragma unroll
   for (int o = 1; o < LANES; o *= 2) {
@@ -167,14 +173,14 @@ static __device__ __forceinline__ int take_best(unsigned (&key)[SLOTS], const Ro
 
 static __device__ __forceinline__ int within(long long id, long long E) { return id >= 0 && id < E ? (int)id : -1; }
 
-static __device__ __forceinline__ float score_of(int id, const LOGIT* logits, bool sigmoidal, float top, float sum) {
+static __device__ __forceinline__ float score_of(int id, const LOGIT* logits, bool sigmoidal, Norm norm) {
   if (id < 0) return __int_as_float(0x7fffffff);
-  return sigmoidal ? sigmoid(to_f32(logits[id])) : expf(to_f32(logits[id]) - top) / sum;
+  return sigmoidal ? sigmoid(to_f32(logits[id])) : expf(to_f32(logits[id]) - norm.top) * norm.share;
 }
 
 static __device__ __forceinline__ float floored(float sum) { return sum < 1e-20f ? 1e-20f : sum; }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 512 / BLOCK)
     topk_gate(const LOGIT* logits, const float* bias, long long* ids, float* weights, float* scores, float* norms,
               long long T, long long E, long long k, long long sigmoidal, long long renormalize, float scale,
               long long groups, long long top_groups, long long replay, long long aligned) {
@@ -185,38 +191,32 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
   if (row.token >= T) return;
 
   float x[SLOTS];
+  unsigned key[SLOTS];
   load_row(x, row, logits, E, aligned);
-  float top = 0.0f, sum = 1.0f;
-  if (!sigmoidal) {
-    float terms[SLOTS];
-    top = largest(x, row);
 #pragma unroll
-    for (int s = 0; s < SLOTS; ++s) terms[s] = expf(x[s] - top);
-    sum = tree_sum(terms, row);
+  for (int s = 0; s < SLOTS; ++s) key[s] = row.expert(s) < E ? key_of(x[s]) : TAKEN;
+  Norm norm{0.0f, 0.0f};
+  if (!sigmoidal) {
+    norm.top = largest(x, row);
+#pragma unroll
+    for (int s = 0; s < SLOTS; ++s) x[s] = expf(x[s] - norm.top);
+    norm.share = 1.0f / tree_sum(x, row);
+  }
+#pragma unroll
+  for (int s = 0; s < SLOTS; ++s) {
+    const int e = row.expert(s);
+    x[s] = sigmoidal ? sigmoid(x[s]) : x[s] * norm.share;
+    if (sigmoidal && e < E) key[s] = key_of(x[s] + (bias ? bias[e] : 0.0f));
+    if (scores && e < E) scores[row.token * E + e] = x[s];
   }
   if (row.lane == 0) {
-    norms[row.token * 2] = top;
-    norms[row.token * 2 + 1] = sum;
-  }
-  if (scores) {
-#pragma unroll
-    for (int s = 0; s < SLOTS; ++s) {
-      const long long e = row.expert(s);
-      if (e < E) scores[row.token * E + e] = sigmoidal ? sigmoid(x[s]) : expf(x[s] - top) / sum;
-    }
+    norms[row.token * 2] = norm.top;
+    norms[row.token * 2 + 1] = norm.share;
   }
 
   if (replay) {
     for (long long i = row.lane; i < k; i += LANES) chosen[row.in_block][i] = within(ids[row.token * k + i], E);
   } else {
-    unsigned key[SLOTS];
-#pragma unroll
-    for (int s = 0; s < SLOTS; ++s) {
-      const long long e = row.expert(s);
-      float choice = x[s];
-      if (sigmoidal) choice = sigmoid(x[s]) + (bias && e < E ? bias[e] : 0.0f);
-      key[s] = e < E ? key_of(choice) : TAKEN;
-    }
     if (groups > 1) keep_top_groups(key, group_keys[row.in_block], row, E, (int)groups, (int)top_groups, sigmoidal);
     for (long long i = 0; i < k; ++i) {
       const int id = take_best(key, row);
@@ -226,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
   __syncwarp(row.mask);
 
   for (long long i = row.lane; i < k; i += LANES) {
-    chosen_score[row.in_block][i] = score_of(chosen[row.in_block][i], logits + row.token * E, sigmoidal, top, sum);
+    chosen_score[row.in_block][i] = score_of(chosen[row.in_block][i], logits + row.token * E, sigmoidal, norm);
   }
   __syncwarp(row.mask);
   float total = 0.0f;
@@ -239,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 }
 
 // grad_weights [T, k] f32 and grad_scores [T, E] f32 or null -> grad_logits [T, E] LOGIT. Nothing flows into the choice.
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 512 / BLOCK)
     topk_gate_backward(const LOGIT* logits, const long long* ids, const float* norms, const float* grad_weights,
                        const float* grad_scores, LOGIT* grad_logits, long long T, long long E, long long k,
                        long long sigmoidal, long long renormalize, float scale, long long aligned) {
@@ -251,17 +251,17 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 
   float x[SLOTS], grad[SLOTS], products[SLOTS];
   load_row(x, row, logits, E, aligned);
-  const float top = norms[row.token * 2], sum = norms[row.token * 2 + 1];
+  const Norm norm{norms[row.token * 2], norms[row.token * 2 + 1]};
 #pragma unroll
   for (int s = 0; s < SLOTS; ++s) {
-    const long long e = row.expert(s);
+    const int e = row.expert(s);
     grad[s] = grad_scores && e < E ? grad_scores[row.token * E + e] : 0.0f;
-    x[s] = e >= E ? 0.0f : sigmoidal ? sigmoid(x[s]) : expf(x[s] - top) / sum;
+    x[s] = e >= E ? 0.0f : sigmoidal ? sigmoid(x[s]) : expf(x[s] - norm.top) * norm.share;
   }
   for (long long i = row.lane; i < k; i += LANES) {
     const int e = within(ids[row.token * k + i], E);
     chosen[row.in_block][i] = e;
-    chosen_score[row.in_block][i] = score_of(e, logits + row.token * E, sigmoidal, top, sum);
+    chosen_score[row.in_block][i] = score_of(e, logits + row.token * E, sigmoidal, norm);
     chosen_grad[row.in_block][i] = grad_weights[row.token * k + i] * scale;
   }
   __syncwarp(row.mask);
@@ -284,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
   const float mean = sigmoidal ? 0.0f : tree_sum(products, row);
 #pragma unroll
   for (int s = 0; s < SLOTS; ++s) {
-    const long long e = row.expert(s);
+    const int e = row.expert(s);
     const float result = sigmoidal ? grad[s] * x[s] * (1.0f - x[s]) : x[s] * (grad[s] - mean);
     if (e < E) store(grad_logits + row.token * E + e, result);
   }

@@ -4,40 +4,40 @@
 //   y [N, D] REAL; rows [tokens, k] INDEX, negative for a choice that was dropped; pairs [N] INDEX, outside
 //   [0, tokens * k) where a row holds no pair; weights [tokens, k] f32 or null (all one); out [tokens, D] REAL.
 //
-// Forward: a thread per chunk of eight columns adds the token's rows in the order of its choices, in f32.
+// Forward: a block per token; each thread adds its chunks of eight columns, in the order of the choices, in f32.
 // Backward: a warp per pair writes its row's gradient and sums dot(grad, y) over the columns, each lane its chunks in
 // order, then a butterfly over the lanes; then a warp per 32 rows zeroes the gradient of those without a pair.
 // Deterministic: every order is fixed, none depends on BLOCK; no atomics. Offsets have 64 bits.
 //
 // Configuration: REAL float or bf16; INDEX int or long long; BLOCK threads, a multiple of 32.
-// Grid: forward ceil(tokens * ceil(D / 8) / BLOCK); backward ceil(tokens * k / (BLOCK / 32)) + ceil(N / BLOCK).
+// Grid: forward tokens; backward ceil(tokens * k / (BLOCK / 32)) + ceil(N / BLOCK).
 #include "vector.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    unpermute_rows(const REAL* __restrict__ y, const INDEX* __restrict__ rows, const float* __restrict__ weights, REAL* __restrict__ out, long long tokens, long long k,
-                   long long N, long long D, long long aligned) {
-  const long long chunks = (D + CHUNK - 1) / CHUNK;
-  const long long thread = (long long)blockIdx.x * BLOCK + threadIdx.x;
-  if (thread >= tokens * chunks) return;
-  const long long token = thread / chunks, c = thread % chunks;
-  float sum[CHUNK] = {};
-  for (long long i = 0; i < k; ++i) {
-    const long long row = rows[token * k + i];
-    if (row < 0 || row >= N) continue;
-    const float weight = weights ? weights[token * k + i] : 1.0f;
-    float piece[CHUNK];
-    load_chunk(piece, y + row * D, c, D, aligned, 0.0f);
+    unpermute_rows(const REAL* __restrict__ y, const INDEX* __restrict__ rows, const float* __restrict__ weights,
+                   REAL* __restrict__ out, long long k, long long N, long long D, long long aligned) {
+  const long long token = blockIdx.x, chunks = (D + CHUNK - 1) / CHUNK;
+  for (long long c = threadIdx.x; c < chunks; c += BLOCK) {
+    float sum[CHUNK] = {};
+    for (long long i = 0; i < k; ++i) {
+      const long long row = rows[token * k + i];
+      if (row < 0 || row >= N) continue;
+      const float weight = weights ? weights[token * k + i] : 1.0f;
+      float piece[CHUNK];
+      load_chunk(piece, y + row * D, c, D, aligned, 0.0f);
 #pragma unroll
-    for (int j = 0; j < CHUNK; ++j) sum[j] = fmaf(weight, piece[j], sum[j]);
+      for (int j = 0; j < CHUNK; ++j) sum[j] = fmaf(weight, piece[j], sum[j]);
+    }
+    store_chunk(out + token * D, sum, c, D, aligned);
   }
-  store_chunk(out + token * D, sum, c, D, aligned);
 }
 
 // grad [tokens, D] REAL -> grad_y [N, D] REAL, grad_weights [tokens, k] f32.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-    unpermute_rows_backward(const REAL* __restrict__ grad, const REAL* __restrict__ y, const INDEX* __restrict__ rows, const INDEX* __restrict__ pairs, const float* __restrict__ weights,
-                            REAL* __restrict__ grad_y, float* __restrict__ grad_weights, long long tokens, long long k, long long N, long long D,
-                            long long aligned) {
+    unpermute_rows_backward(const REAL* __restrict__ grad, const REAL* __restrict__ y, const INDEX* __restrict__ rows,
+                            const INDEX* __restrict__ pairs, const float* __restrict__ weights,
+                            REAL* __restrict__ grad_y, float* __restrict__ grad_weights, long long tokens, long long k,
+                            long long N, long long D, long long aligned) {
   const int lane = threadIdx.x % 32;
   const long long warp = ((long long)blockIdx.x * BLOCK + threadIdx.x) / 32;
   const long long pair_warps = (tokens * k + BLOCK / 32 - 1) / (BLOCK / 32) * (BLOCK / 32);

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-
 Score = Literal["softmax", "sigmoid"]
 """How a logit becomes an expert's score."""
 
@@ -50,10 +49,11 @@ def topk_gate(
 ) -> Gate:
     """The best k experts of each token and their weights: scale * score, of sum `scale` if they are renormalized.
 
-    Softmax over all experts; the choice is by logit. Or sigmoid of each (DeepSeek-V3, arXiv 2412.19437, eq. 13-16); the
-    choice is by score + `bias_E`, the weight by score alone. With `groups` of neighbouring experts only the `top_groups`
-    best take part: by their best expert (softmax), or by the sum of their best two (sigmoid). NaN counts as the largest.
-    Given `ids_TK` are taken as the choice (routing replay). Half-precision logits are computed in float32.
+    Softmax over all experts; the choice is by logit. Or sigmoid of each (DeepSeek-V3, arXiv 2412.19437, eq. 13-16);
+    the choice is by score + `bias_E`, the weight by score alone. With `groups` of neighbouring experts only the
+    `top_groups` best take part: by their best expert (softmax), or by the sum of their best two (sigmoid). NaN counts
+    as the largest number. Given `ids_TK` are taken as the choice (routing replay). Half-precision logits are computed
+    in float32.
     """
     if logits_TE.dtype in (torch.bfloat16, torch.float16):
         logits_TE = logits_TE.float()

@@ -58,8 +58,8 @@ def sample_logprob(
 
     Gumbel's maximum, twice: first of the lanes, by the log of their mass, then of the tokens of that lane, by their
     logit. The numbers come from Philox, by `seed` (64 bits), a row's ordinal (64 bits) and step (32 bits), and by lane
-    or token; see kernels/cuda/sample_logprob.cu. A row with NaN or +inf, or a temperature that is negative or NaN, gives
-    NaN; the token beside it means nothing.
+    or token; see kernels/cuda/sample_logprob.cu. A row with NaN or +inf, or a temperature that is negative or NaN,
+    gives NaN; the token beside it means nothing.
     """
     num_rows, vocabulary = logits_NV.shape
     greedy_N = temperatures_N == 0
