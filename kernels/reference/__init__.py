@@ -2,6 +2,7 @@
 
     logits_TE --topk_gate--> ids_TK, weights_TK --align--> rows sorted by expert
     x_TD --permute--> x_ND --(grouped matmul)--> y_ND --unpermute--> y_TD
+    logits_NV --token_logprob, sample_logprob--> logprobs_N, tokens_N
 
 T tokens, D width, E experts, K choices per token, N = T * K rows. Every order is stable: rows of one expert keep
 token order, so equal input gives equal bits. Differentiable where a gradient has a meaning. Right for any load,
@@ -19,3 +20,7 @@ from .routing import prob_sum as prob_sum
 from .routing import topk_gate as topk_gate
 from .rows import permute as permute
 from .rows import unpermute as unpermute
+from .tokens import Sample as Sample
+from .tokens import TokenLogprobs as TokenLogprobs
+from .tokens import sample_logprob as sample_logprob
+from .tokens import token_logprob as token_logprob
