@@ -11,6 +11,7 @@ reference/bucket.py; cuda/pack.cu computes it on a GPU, to the bit.
 
 from __future__ import annotations
 
+import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -160,7 +161,7 @@ def _table(device: torch.device, plan: Plan, tensors: Sequence[Tensor], scales: 
     ))  # fmt: skip
     if key not in _tables:
         rows = [_row(*entry) for entry in zip(tensors, plan.places, scales, strict=True)]
-        _tables[key] = torch.tensor(rows, dtype=torch.int64).reshape(-1, 6).to(device)
+        _tables[key] = torch.tensor(rows, dtype=torch.int64).reshape(-1, 7).to(device)
         if len(_tables) > _MAX_TABLES:
             _tables.popitem(last=False)
     _tables.move_to_end(key)
@@ -171,5 +172,6 @@ def _row(tensor: Tensor, place: Place, scale: Tensor | None) -> list[int]:
     kind = _KINDS.get((tensor.dtype, place.dtype), 0)
     elements = tensor.numel() if kind else tensor.nbytes
     columns = max(tensor.shape[-1], 1) if tensor.ndim else 1
+    inverse = int.from_bytes(struct.pack("<d", 1.0 / columns), "little", signed=True)
     address = 0 if scale is None else scale.data_ptr()
-    return [tensor.data_ptr(), place.offset // UNIT_BYTES, elements, columns, address, kind]
+    return [tensor.data_ptr(), place.offset // UNIT_BYTES, elements, columns, inverse, address, kind]

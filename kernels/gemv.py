@@ -23,7 +23,7 @@ _FORMATS: dict[tuple[torch.dtype, torch.dtype], dict[str, int | str]] = {
 _GEMV = KernelSpec(
     source="moe_gemv.cu",
     name="moe_gemv",
-    configs=({"BLOCK": 128, "FEATURES": 2}, {"BLOCK": 128, "FEATURES": 1}, {"BLOCK": 128, "FEATURES": 4}),
+    configs=({"BLOCK": 128, "FEATURES": 2}, {"BLOCK": 128, "FEATURES": 1}),
     variants=tuple(_FORMATS.values()),
 )
 SPECS: tuple[KernelSpec, ...] = (_GEMV,)

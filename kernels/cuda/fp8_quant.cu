@@ -15,7 +15,7 @@ constexpr int SIDE = 128;  // of a tile, length of a group
 constexpr int WARPS = BLOCK / WARP;
 
 // grid: rows
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     fp8_row(const IN* x, const float* given, unsigned char* codes, float* scales, float* amaxes, long long columns,
             long long pow2, long long vector) {
   __shared__ float partial[WARP];
@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
   }
   amax = block_max(amax, partial);
   const float scale = given ? given[row] : scale_of(amax, pow2);
-  const float inverse = 1.0f / scale;
+  const float inverse = reciprocal(scale);
 #pragma unroll
   for (int i = 0; i < KEEP; i++) store4(to, first + i * step, columns, vector, encode4(kept[i], inverse));
   for (long long column = first + KEEP * step; column < columns; column += step) {
@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 }
 
 // grid: (rows, ceil(groups / (WARPS * KEEP))). A warp takes KEEP groups at once, a lane four elements of each.
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     fp8_group(const IN* x, const float* given, unsigned char* codes, float* scales, float* amaxes, long long columns,
               long long pow2, long long vector) {
   const long long row = blockIdx.x, groups = ceil_div(columns, SIDE);
@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     if (group >= groups) return;  // the same for the whole warp
     const float amax = warp_max(amax4(kept[i]));
     const float scale = given ? given[at] : scale_of(amax, pow2);
-    store4(codes + row * columns, group * SIDE + 4 * lane, columns, vector, encode4(kept[i], 1.0f / scale));
+    store4(codes + row * columns, group * SIDE + 4 * lane, columns, vector, encode4(kept[i], reciprocal(scale)));
     if (lane == 0) {
       amaxes[at] = amax;
       if (!given) scales[at] = scale;
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 }
 
 // grid: (ceil(rows / 128), ceil(columns / 128)). A warp takes every WARPS-th row of the tile.
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     fp8_tile(const IN* x, const float* given, unsigned char* codes, float* scales, float* amaxes, long long rows,
              long long columns, long long pow2, long long vector) {
   __shared__ float partial[WARP];
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
   amax = block_max(amax, partial);
   const long long at = (long long)blockIdx.x * ceil_div(columns, SIDE) + blockIdx.y;
   const float scale = given ? given[at] : scale_of(amax, pow2);
-  const float inverse = 1.0f / scale;
+  const float inverse = reciprocal(scale);
 #pragma unroll
   for (int i = 0; i < MINE; i++) {
     const long long row = first + i * WARPS;
@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 
 // history [slots, num] f32: row `slot` becomes amax [num]; scales [num] fit the largest amax of each column.
 // grid: ceil(num / BLOCK)
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     fp8_history(float* history, const float* amax, float* scales, long long slots, long long num, long long slot,
                 long long pow2) {
   const long long at = (long long)blockIdx.x * BLOCK + threadIdx.x;

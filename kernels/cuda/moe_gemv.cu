@@ -97,7 +97,7 @@ static __device__ __forceinline__ void multiply(const IN* x, const WEIGHT* w, co
 }
 
 // grid: (ceil(features / (FEATURES * BLOCK / 32)), experts + 1); the last row of blocks clears what no expert has.
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     moe_gemv(const IN* x, const int* ends, const WEIGHT* w, const float* scales, IN* y, long long rows,
              long long experts, long long features, long long columns, long long vector) {
   const long long expert = blockIdx.y;

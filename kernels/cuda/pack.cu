@@ -1,6 +1,7 @@
 // K15: many tensors into one flat bucket, cast on the way, with a checksum; and back.
 //
-//   table [entries, 6] i64: address of the tensor, first unit in the bucket, elements, columns, address of its scales, kind
+//   table [entries, 7] i64: address of the tensor, first unit in the bucket, elements, columns, 1 / columns as double,
+//                           address of its scales, kind
 //   bucket [16 * units] bytes: a tensor begins at a multiple of 16 bytes; what lies between is zero
 //
 // kind: 0 bytes as they are; 1 f32 in the tensor, bf16 in the bucket; 2 f32, e4m3; 3 bf16, e4m3. e4m3 by the scale of
@@ -14,7 +15,9 @@
 typedef unsigned long long u64;
 
 struct Entry {
-  long long tensor, unit, elements, columns, scales, kind;
+  long long tensor, unit, elements, columns;
+  double inverse;
+  long long scales, kind;
 };
 
 constexpr int UNIT = 16;
@@ -88,16 +91,18 @@ static __device__ __forceinline__ void scatter(const Entry& entry, long long fir
 }
 
 // Multiplies UNIT elements by the scales of their rows, or by the reciprocals.
-static __device__ __forceinline__ void rescale(const Entry& entry, long long first, bool reciprocal, float* x) {
+static __device__ __forceinline__ void rescale(const Entry& entry, long long first, bool inverse, float* x) {
   const float* scales = reinterpret_cast<const float*>(entry.scales);
-  long long row = first / entry.columns, column = first % entry.columns;
-  float factor = reciprocal ? 1.0f / scales[row] : scales[row];
+  long long row = (long long)((double)first * entry.inverse), column = first - row * entry.columns;
+  if (column < 0) row--, column += entry.columns;  // the product may be off by one
+  if (column >= entry.columns) row++, column -= entry.columns;
+  float factor = inverse ? reciprocal(scales[row]) : scales[row];
 #pragma unroll
   for (int i = 0; i < UNIT; i++) {
     if (first + i >= entry.elements) return;
     if (column == entry.columns) {
       column = 0, row++;
-      factor = reciprocal ? 1.0f / scales[row] : scales[row];
+      factor = inverse ? reciprocal(scales[row]) : scales[row];
     }
     x[i] = __fmul_rn(x[i], factor);
     column++;

@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 #pragma unroll
     for (int i = 0; i < PASS; i++) {
       scale[i] = scale_at(widest, begin + i);
-      inverse[i] = 1.0f / scale[i];
+      inverse[i] = reciprocal(scale[i]);
       error[i] = 0.0;
     }
     for (long long column = first; column < columns; column += step) {
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     }
   }
 
-  const float scale = scale_at(widest, choice), inverse = 1.0f / scale;
+  const float scale = scale_at(widest, choice), inverse = reciprocal(scale);
   double along = 0.0, norm = 0.0;
   for (long long column = first; column < columns; column += step) {
     const Four four = load(from, moments, column, columns, vector);
