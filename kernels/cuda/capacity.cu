@@ -55,7 +55,7 @@ capacity_propose(const float* scores_TE, const INDEX* wanted_TK, const long long
     for (int by = WARP / 2; by > 0; by /= 2) best = max(best, __shfl_xor_sync(FULL_MASK, best, by));
     if (best && lane == choice) mine = proposal = 0xffffffffu - unsigned(best);
   }
-  if (lane < K) proposal_TK[pair] = INDEX(proposal);
+  if (lane < K) proposal_TK[pair] = static_cast<INDEX>(proposal);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
@@ -104,7 +104,7 @@ capacity_accept(const float* scores_TE, const INDEX* pairs_P, const int* ends_E,
     const int equal = row < num_rows && number == limit;
     int total;
     const int place = block_scan(equal, partial, &total);
-    if (row < num_rows && (number > limit || (equal && seen + place <= left))) ids_TK[pair] = INDEX(expert);
+    if (row < num_rows && (number > limit || (equal && seen + place <= left))) ids_TK[pair] = static_cast<INDEX>(expert);
     seen += total;
   }
   if (threadIdx.x == 0) load_E[expert] += min(num_rows, room);

@@ -28,6 +28,6 @@ replica_dispatch(const INDEX* ids_P, const INDEX* pairs_P, const int* ends_E, co
     long long left = row - (expert ? ends_E[expert - 1] : 0);
     int r = 0;
     while (r + 1 < R && slots[r + 1] >= 0 && left >= quota[r]) left -= quota[r++];
-    slot_P[pair] = INDEX(slots[r]);
+    slot_P[pair] = static_cast<INDEX>(slots[r]);
   }
 }

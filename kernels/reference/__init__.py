@@ -10,6 +10,10 @@ experts without rows included. Knows nothing of models.
 
 from __future__ import annotations
 
+from .capacity import Redirect as Redirect
+from .capacity import capacity_redirect as capacity_redirect
+from .replicas import replica_dispatch as replica_dispatch
+from .replicas import replica_split as replica_split
 from .routing import Gate as Gate
 from .routing import Rows as Rows
 from .routing import align as align
