@@ -1,11 +1,11 @@
-"""Trains the policy: imitation first, then DAPO on the batches it is given; publishes and keeps its weights.
+"""Trains the policy: imitation first, then RL by the updates it is given; publishes and keeps its weights.
 
     start: newest checkpoint, or random weights
     warm_up(until) / step(n, groups)  -->  metrics        publish(version)  -->  Manifest of shared memory
     checkpoint(...)  -->  a folder that appears whole or not at all        rewind(): as a restart
 
-A deterministic state machine: the same checkpoint and the same batches give the same weights, bit for bit on a CPU.
-Knows nothing of rollout, rewards or the pool.
+A deterministic state machine: the same checkpoint and the same updates give the same weights, bit for bit on a CPU.
+Knows nothing of rollout, rewards, algorithms or the pool.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from annotated_types import Ge
 from ...runtime import Actor, message
 from ...runtime.exchange import Manifest, Publisher
 from ...runtime.rundir import RunSpec
+from ..algorithms.updates import PolicyUpdate
 from ..data.running_sum import RunningSum, curriculum
 from ..model.config import ModelConfig
 from ..run_state import latest_checkpoint
-from ..types import Group
 from . import checkpoint as checkpoints
 from .settings import RlSettings, SftSettings
 
@@ -79,13 +79,14 @@ class Trainer(Actor):
         return metrics
 
     @message(thread=True, deadline_s=600.0)
-    def step(self, number: int, groups: list[Group]) -> dict[str, float]:
-        """RL step `number`, the next one. Raises ValueError if it is not, and FloatingPointError if the loss or its
-        gradient is not finite."""
+    def step(self, number: int, update: PolicyUpdate) -> dict[str, float]:
+        """RL step `number`, the next one. Raises ValueError if it is not, or a sample is too long, and
+        FloatingPointError after too many updates without a finite gradient."""
         held = self._learner.step if self._learner.stage == "rl" else 0
         if number != held + 1:
             raise ValueError(f"RL step {number} can't follow {held}; show the trainer the batches in between")
-        return self._learner.rl_step(groups)
+        self._kept = "", 0  # A step that fails may have updated some mini-batches.
+        return self._learner.rl_step(update)
 
     @message(thread=True, deadline_s=60.0)
     def publish(self, version: int) -> Manifest:
@@ -93,14 +94,15 @@ class Trainer(Actor):
         return self._publisher.publish(version, self._learner.weights())
 
     @message(thread=True, deadline_s=120.0)
-    def checkpoint(self, name: str, files: dict[str, bytes]) -> str:
-        """Writes weights, optimizer and the controller's `files` as one checkpoint; returns the name that it got.
+    def checkpoint(self, name: str, files: dict[str, bytes], parts: dict[str, str]) -> str:
+        """Writes weights, optimizer, the controller's `files` and the `parts` of others as one checkpoint; returns the
+        name that it got.
 
         Raises OSError if the disk is full; the previous checkpoint stays the latest.
         """
         arrays, info = self._learner.state()
         folder = checkpoints.write(
-            self.run.path / "checkpoints", name, self.model, arrays, info, files, keep=self.keep_checkpoints
+            self.run.path / "checkpoints", name, self.model, arrays, info, files, parts, keep=self.keep_checkpoints
         )
         self._kept = self._learner.stage, self._learner.step
         return folder.name

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from ..algorithms.groups import judged
 from ..types import Group
-from .groups import judged
+
+_MIN_VARIANCE = 1e-12
 
 
 class Tally:
@@ -24,6 +26,7 @@ class Tally:
         self._maxima: dict[str, float] = {}
         self._aux_sum = 0.0
         self._norms: list[float] = []
+        self._num_skipped = 0
         self._load: Tensor | None = None
 
     def add_micro_batch(
@@ -43,8 +46,12 @@ class Tally:
     def add_update(self, grad_norm: float) -> None:
         self._norms.append(grad_norm)
 
+    def add_skipped(self) -> None:
+        """An update was not made, for its gradient was not finite."""
+        self._num_skipped += 1
+
     def metrics(self, *, learning_rate: float) -> dict[str, float]:
-        """What the step came to. There was at least one update."""
+        """What a step of the policy came to. There was at least one micro-batch."""
         assert self._load is not None
         train_s = time.perf_counter() - self._began
         load = self._load.double()
@@ -52,12 +59,29 @@ class Tally:
             **{name: value / self._num_tokens for name, value in self._sums.items()},
             **self._maxima,
             "aux_loss": self._aux_sum / self._num_inputs,
-            "grad_norm": float(np.mean(self._norms)),
+            **({"grad_norm": float(np.mean(self._norms))} if self._norms else {}),
             "learning_rate": learning_rate,
+            "skipped_updates": self._num_skipped,
             "trained_tokens": self._num_tokens,
             "trained_tokens_per_s": self._num_tokens / train_s,
             "train_s": train_s,
             "expert_load": float((load.amax(1) / load.mean(1)).max()),
+        }
+
+    def critic_metrics(self, *, learning_rate: float) -> dict[str, float]:
+        """What a step of the critic came to: its fit, from the sums that value_learner.py watches."""
+        mean = {name: value / self._num_tokens for name, value in self._sums.items()}
+        variance = mean["return_squared"] - mean["return"] ** 2
+        left = mean["left_squared"] - mean["left"] ** 2
+        return {
+            "value_loss": mean["loss"],
+            "value_mean": mean["value"],
+            "return_mean": mean["return"],
+            "explained_variance": 1 - left / variance if variance > _MIN_VARIANCE else 0.0,
+            **({"critic_grad_norm": float(np.mean(self._norms))} if self._norms else {}),
+            "critic_learning_rate": learning_rate,
+            "critic_skipped_updates": self._num_skipped,
+            "critic_train_s": time.perf_counter() - self._began,
         }
 
 
