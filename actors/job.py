@@ -1,4 +1,4 @@
-"""cluster.toml as a reasoning-RL job: tables `[model] [task] [sft] [rl] [algorithm] [critic] [evaluation]` beside those of any cluster.
+"""cluster.toml as a reasoning-RL job: its own tables (TABLES) beside those of any cluster.
 
     cluster.toml, --set --> load_job --> Job --> to_toml --> config.toml --> load_job --> an equal Job
 
@@ -135,7 +135,8 @@ def _check_algorithm(document: Document, job: Job) -> None:
     if "critic" not in job.cluster.actors:
         raise document.error(
             ("actors", "critic"),
-            f'missing; {rl.algorithm} needs a critic: add [actors.critic] with class = "headrace.actors.trainer:Critic"',
+            f"missing; {rl.algorithm} needs a critic: add [actors.critic] with "
+            'class = "headrace.actors.trainer:Critic"',
         )
     if job.critic.mini_batches > rl.groups_per_step:
         raise document.error(

@@ -7,8 +7,9 @@
                       every other key is a field of that class
     [ANYTHING ELSE]   a table that the caller names together with a dataclass
 
-An actor field named like a table, and annotated with that table's dataclass or a base of it, receives the table. All values are checked
-here; nothing is started, no file is written. Knows nothing of what the actors or the other tables are for.
+An actor field named like a table, and annotated with that table's dataclass or a base of it, receives the table. All
+values are checked here; nothing is started, no file is written. Knows nothing of what the actors or the other tables
+are for.
 """
 
 from __future__ import annotations

@@ -221,7 +221,9 @@ async def running(policies: dict[str, RestartPolicy] | None = None, every: int =
     actors: dict[str, Actor] = {
         "rollout": FakeRollout(), "trainer": FakeTrainer(), "evaluator": FakeEvaluator(), "verifier": RuleVerifier(),
         "reward": Reward(rl=RL, overlong_cache=0), "pool": StreamPool(run=run, rl=RL, capacity=32),
-        "controller": OneSize(run=run, task=TASK, sft=SFT, rl=RL, algorithm=Dapo(), evaluation=EvaluationSettings(every=every)),
+        "controller": OneSize(
+            run=run, task=TASK, sft=SFT, rl=RL, algorithm=Dapo(), evaluation=EvaluationSettings(every=every)
+        ),
     }  # fmt: skip
     WORLD.run.mkdir(parents=True, exist_ok=True)
     async with System(WORLD.run) as system:

@@ -36,8 +36,8 @@ def group_advantages(batch: Batch) -> np.ndarray:
     if not scores.any():
         raise ValueError(
             f"all rewards are equal in each of {len(groups)} groups (from {batch.name(0)} to "
-            f"{batch.name(len(batch) - 1)}): an update would learn nothing; look at the verifier, or filter such groups "
-            "with dynamic sampling"
+            f"{batch.name(len(batch) - 1)}): an update would learn nothing; look at the verifier, or filter such "
+            "groups with dynamic sampling"
         )
     return scores
 
@@ -120,7 +120,7 @@ def _chunks(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 def _padded(rows: Sequence[np.ndarray], dtype: type) -> np.ndarray:
     """[R, longest], zero (or False) after the end of each row."""
-    table = np.zeros((len(rows), max(map(len, rows))), dtype)
+    table: np.ndarray = np.zeros((len(rows), max(map(len, rows))), dtype)
     for line, row in zip(table, rows, strict=True):
         line[: len(row)] = row
     return table

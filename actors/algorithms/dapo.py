@@ -37,7 +37,7 @@ class Dapo(Algorithm):
     """A ratio above 1 + clip_high brings nothing further to tokens of positive advantage; larger than clip_low, so that
     rare tokens can rise (clip-higher)."""
     dual_clip: Annotated[float, Ge(0)] = 0.0
-    """Largest ratio that counts at negative advantage, above 1 + clip_high; 0 sets no bound. The public recipe has 10."""
+    """Largest ratio that counts at negative advantage, above 1 + clip_high (the public recipe: 10); 0 sets no bound."""
     dynamic_sampling: bool = True
     """Whether groups that are all right or all wrong are filtered."""
     overlong_filtering: bool = False

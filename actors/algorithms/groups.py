@@ -1,4 +1,4 @@
-"""Which responses of a group take part, and whether a group has anything to teach. Knows nothing of models or losses."""
+"""Which responses of a group take part, and whether a group has anything to teach. Knows nothing of models."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def _from_coroutine(name: str, coroutine: Any) -> type[Algorithm]:
 
     signature = inspect.signature(coroutine)
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    parameters = [p for p in signature.parameters.values()]
+    parameters = list(signature.parameters.values())
     if parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
         parameters[0] = parameters[0].replace(kind=inspect.Parameter.POSITIONAL_ONLY)
     step.__signature__ = signature.replace(parameters=[first, *parameters])  # type: ignore[attr-defined]

@@ -45,8 +45,8 @@ def write(
 ) -> Path:
     """Writes `arrays` and `info` (Learner.state) and further `files` as checkpoint `name`; returns its folder.
 
-    `parts`: sub-folder -> what `write_part` wrote before. The folder is called `name`.2 (.3, ...) if there is a `name`: LATEST may point to that one. Raises OSError (disk
-    full) with the previous checkpoint still the latest.
+    `parts`: sub-folder -> what `write_part` wrote before. The folder is called `name`.2 (.3, ...) if there is a `name`:
+    LATEST may point to that one. Raises OSError (disk full) with the previous checkpoint still the latest.
     """
     folder, draft = _free(checkpoints / name), checkpoints / f"{name}{_DRAFT}"
     shutil.rmtree(draft, ignore_errors=True)

@@ -29,7 +29,7 @@ Stage = Literal["sft", "rl"]
 
 
 class Learner:
-    """The policy and its optimizer. The first RL step begins with a fresh optimizer; each stage counts its own steps."""
+    """The policy and its optimizer. RL begins with a fresh optimizer; each stage counts its own steps."""
 
     def __init__(self, config: ModelConfig, sft: SftSettings, rl: RlSettings, *, seed: int) -> None:
         self._config = config

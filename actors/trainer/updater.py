@@ -98,8 +98,8 @@ class Updater:
         self._skipped_in_row += 1
         if self._skipped_in_row > self._settings.max_skipped:
             raise FloatingPointError(
-                f"{self._skipped_in_row} updates in a row had no finite gradient, the last at step {self.step + 1} with "
-                f"loss {loss:g}: {error}; go back to an earlier checkpoint with a lower learning_rate or clip_norm"
+                f"{self._skipped_in_row} updates in a row had no finite gradient, the last at step {self.step + 1} "
+                f"with loss {loss:g}: {error}; go back to an earlier checkpoint with a lower learning_rate"
             ) from error
 
 
