@@ -41,6 +41,25 @@ class Worker(Actor):
     layout: Layout = Layout()
     """How the ranks are arranged."""
 
+    async def together(
+        self, function: Callable[..., Any], *args: Any, alike: tuple[type[Exception], ...] = (ValueError, ArithmeticError)
+    ) -> Any:
+        """Runs on the actor's own thread what the ranks of a group compute together, and returns its result.
+
+        Errors of the types `alike` are raised: they come of what all ranks were given, and leave all in the same state.
+        Any other may be of this rank alone, while the others wait for it: it fails this rank, and so the group is
+        started again. One rank alone raises everything.
+        """
+        try:
+            return await self.in_thread(function, *args)
+        except alike:
+            raise
+        except Exception as error:
+            if self.layout.size == 1 or self._node is None:
+                raise
+            self.background(_failing(error), name=function.__name__)
+            return await asyncio.get_running_loop().create_future()  # Until this actor is ended, which is at once.
+
     @message(deadline_s=LONGEST_S)
     async def run_method(self, method: str, args: list[Any], kwargs: dict[str, Any], key: str) -> Any:
         """Calls a method, with what handles among its arguments stand for. Under a `key` the result stays here, and its
@@ -104,6 +123,10 @@ class Worker(Actor):
     def _kept(self) -> dict[str, Any]:
         kept: dict[str, Any] = self.__dict__.setdefault("_batches", {})
         return kept
+
+
+async def _failing(error: Exception) -> None:
+    raise error
 
 
 async def fetch(batch: RemoteBatch, ask: Callable[[RemotePart], Any], empty: Callable[..., Any]) -> Any:

@@ -4,7 +4,7 @@
 
 Every rank holds the whole model and is shown the whole batch, so what it divides by is known to all. Sums are taken in
 the order of the ranks: the same batches give the same bits, on every rank and in every run. Knows nothing of actors,
-losses or optimizers.
+losses or optimizers, but for where a group of them meets.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...runtime.worker import Worker
+from ..model.config import ModelConfig
 from .packing import balance
-from .workload import Workload
+from .workload import Workload, workload_of
 
 MEET_S = 60.0
 """Longest wait of a rank for the others: when they start, and in every sum."""
@@ -66,7 +68,7 @@ class Gang(Ranks):
     """One of several processes on a host, joined by gloo on the loopback. They meet when they first have to."""
 
     def __init__(self, rank: int, size: int, meeting: Path, workload: Workload, *, meet_s: float = MEET_S) -> None:
-        """`meeting`: a file that is new in this epoch, and the same for all ranks; see `forget_meeting`."""
+        """`meeting`: a file that is new, and the same for all ranks."""
         self.rank = rank
         self.size = size
         self._meeting = meeting
@@ -130,9 +132,14 @@ class Gang(Ranks):
         return self._group
 
 
-def forget_meeting(meeting: Path) -> None:
-    """Removes what an earlier run has left of a meeting; by the first rank, before the others start."""
-    meeting.unlink(missing_ok=True)
+def join_ranks(worker: Worker, run: Path, model: ModelConfig) -> Ranks:
+    """Those of a worker's group, in this epoch of it: called as the worker starts, the first rank's before the others'."""
+    if worker.layout.size == 1:
+        return ALONE
+    meeting = run / "ranks" / f"{worker.name.partition('/')[0]}-{worker.epoch}"
+    if worker.rank == 0:
+        meeting.unlink(missing_ok=True)  # An earlier process of this run has counted the same epochs.
+    return Gang(worker.rank, worker.layout.size, meeting, workload_of(model))
 
 
 def _sum(flat: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:

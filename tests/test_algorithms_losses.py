@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.actors.trainer.dapo import policy_loss
-from headrace.actors.trainer.groups import advantages, has_signal, judged
+from headrace.actors.algorithms.advantages import standard_scores
+from headrace.actors.algorithms.groups import has_signal, judged
+from headrace.actors.algorithms.losses import policy_loss
+from headrace.actors.algorithms.updates import Objective
 from headrace.actors.types import Group, Prompt, Segment, Trajectory, Verdict
 
-CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+CLIP = Objective(clip_low=0.2, clip_high=0.28)
 
 
 def trajectory(correct: bool | None, *, error: str = "", reward: float = 0.0, num_tokens: int = 3) -> Trajectory:
@@ -29,7 +32,7 @@ def group(*trajectories: Trajectory) -> Group:
 
 @given(st.lists(st.sampled_from([0.0, 1.0, -0.5, 0.25]), min_size=1, max_size=16))
 def test_advantages_are_standard_scores(rewards: list[float]) -> None:
-    result = advantages(np.array(rewards, np.float32))
+    result = standard_scores(np.array(rewards, np.float32))
     mean = sum(rewards) / len(rewards)
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
     expected = [(r - mean) / std if std else 0.0 for r in rewards]
@@ -87,7 +90,7 @@ def by_hand(
 )
 def test_loss_equals_the_formula_token_by_token(tokens: list[tuple[float, float, float]], dual_clip: float) -> None:
     new, old, advantage = (torch.tensor(column, dtype=torch.float64) for column in zip(*tokens, strict=True))
-    result = policy_loss(new, old, advantage, num_tokens=37, dual_clip=dual_clip, **CLIP)
+    result = policy_loss(new, old, advantage, replace(CLIP, dual_clip=dual_clip), total=37)
     loss, num_clipped, kl, largest = by_hand(new.numpy(), old.numpy(), advantage.numpy(), 37, dual_clip)
     assert float(result.loss) == pytest.approx(loss, rel=1e-6, abs=1e-9)
     assert int(result.num_clipped) == num_clipped
@@ -102,7 +105,7 @@ def test_gradients_are_those_of_finite_differences_and_vanish_where_clipped() ->
     new.requires_grad_()
 
     def loss(new: torch.Tensor) -> torch.Tensor:
-        return policy_loss(new, old, advantage, num_tokens=6, dual_clip=10.0, **CLIP).loss
+        return policy_loss(new, old, advantage, replace(CLIP, dual_clip=10.0), total=6).loss
 
     assert torch.autograd.gradcheck(loss, (new,))
     (gradient,) = torch.autograd.grad(loss(new), new)
@@ -113,14 +116,14 @@ def test_gradients_are_those_of_finite_differences_and_vanish_where_clipped() ->
 def test_the_parts_of_a_batch_add_up() -> None:
     random = torch.Generator().manual_seed(0)
     new, old, advantage = (torch.randn(50, generator=random, dtype=torch.float64) for _ in range(3))
-    whole = policy_loss(new, old, advantage, num_tokens=50, **CLIP).loss
+    whole = policy_loss(new, old, advantage, CLIP, total=50).loss
     parts = [
-        policy_loss(new[part], old[part], advantage[part], num_tokens=50, **CLIP).loss
+        policy_loss(new[part], old[part], advantage[part], CLIP, total=50).loss
         for part in torch.arange(50).split([1, 19, 30])
     ]
     torch.testing.assert_close(sum(parts), whole)
 
 
 def test_a_stray_token_cannot_overflow() -> None:
-    result = policy_loss(torch.zeros(1), torch.tensor([-1e4]), torch.tensor([-1.0]), num_tokens=1, **CLIP)
+    result = policy_loss(torch.zeros(1), torch.tensor([-1e4]), torch.tensor([-1.0]), CLIP, total=1)
     assert result.loss.isfinite() and result.kl_sum.isfinite()
