@@ -43,6 +43,8 @@ from .run_state import POOL, STATE, load_state
 from .stream.ledger import Ledger
 from .stream.policy import priority, stream_policy
 from .telemetry import Telemetry
+from .trainer.actor import Trainer
+from .trainer.critic import Critic
 from .trainer.durable import DurableCritic, DurableTrainer
 from .trainer.settings import RlSettings, SftSettings
 from .types import Group, Prompt, Trajectory
@@ -74,8 +76,8 @@ class Controller(Actor):
     async def start(self) -> None:
         """Takes up the state of the newest checkpoint. Raises ValueError or FileNotFoundError if it is damaged."""
         self.state, self._pool_state = load_state(self.run.path)
-        self.trainer = DurableTrainer(self.find("trainer"), self.state)
-        self.critic = DurableCritic(self.find("critic"), self.state)
+        self.trainer = DurableTrainer(self.workers("trainer", Trainer), self.state)
+        self.critic = DurableCritic(self.workers("critic", Critic), self.state)
         roles = {"policy": self.trainer, "critic": self.critic}
         self.roles = {name: roles[name] for name in roles_of(self.algorithm.step)}
         self.steps = {"sft": self.sft.steps, "value": self.algorithm.value_steps, "rl": self.rl.steps}

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..runtime import toml
 from ..runtime.cluster import ROOT, ClusterSpec, build, load_cluster, to_table
+from ..runtime.gang import with_ranks
 from ..runtime.pool import SamplePool
 from ..runtime.rundir import RunDirectory, RunSpec, write_atomically
 from ..runtime.toml import ConfigError, Document
@@ -71,7 +72,8 @@ class Job:
 
     def describe(self) -> str:
         """What would be started, for `--check`."""
-        homes = {node: ", ".join(s.name for s in self.cluster.actors_on(node)) for node in (ROOT, *self.cluster.nodes)}
+        cluster = with_ranks(self.cluster)
+        homes = {node: ", ".join(s.name for s in cluster.actors_on(node)) for node in (ROOT, *cluster.nodes)}
         width = max(map(len, homes))
         lines = [
             f"run {self.run.path}, seed {self.run.seed}: {self.sft.steps} SFT steps, then {self.rl.steps} "

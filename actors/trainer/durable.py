@@ -18,6 +18,7 @@ import numpy as np
 
 from ...runtime import Ref
 from ...runtime.exchange import Manifest
+from ...runtime.worker_group import WorkerGroup
 from ..algorithms.algorithm import Metrics
 from ..algorithms.batch import Batch, Tokens
 from ..algorithms.updates import Objective, PolicyUpdate, ValueUpdate
@@ -31,7 +32,7 @@ U = TypeVar("U", PolicyUpdate, ValueUpdate)
 class _Durable(Generic[U]):
     """One question at a time to an actor that holds all that `state` counts, whichever incarnation answers."""
 
-    def __init__(self, actor: Ref, state: RunState) -> None:
+    def __init__(self, actor: Ref | WorkerGroup, state: RunState) -> None:
         self._actor = actor
         self._state = state
         self._since_checkpoint: deque[tuple[int, U]] = deque()

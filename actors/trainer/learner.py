@@ -21,6 +21,7 @@ from ..model.config import ModelConfig
 from ..model.qwen3_moe import Qwen3Moe
 from .batch import MicroBatch, Totals, check_lengths, imitated, rated
 from .optim import Schedule
+from .ranks import ALONE, Ranks
 from .settings import RlSettings, SftSettings
 from .tally import Tally, describe
 from .updater import Updater, load_weights
@@ -31,8 +32,12 @@ Stage = Literal["sft", "rl"]
 class Learner:
     """The policy and its optimizer. RL begins with a fresh optimizer; each stage counts its own steps."""
 
-    def __init__(self, config: ModelConfig, sft: SftSettings, rl: RlSettings, *, seed: int) -> None:
+    def __init__(
+        self, config: ModelConfig, sft: SftSettings, rl: RlSettings, *, seed: int, ranks: Ranks = ALONE
+    ) -> None:
+        """`ranks`: the learners of other processes that are shown the same, and do a part of it."""
         self._config = config
+        self._ranks = ranks
         self._sft = sft
         self._rl = rl
         self._model = Qwen3Moe(config, seed=seed)
@@ -54,7 +59,7 @@ class Learner:
         Returns metrics by the names of actors/report.py. Raises FloatingPointError: see Updater.update.
         """
         assert self._stage == "sft", "imitation comes before RL"
-        tally = Tally()
+        tally = Tally(self._ranks)
         self._updater.update(imitated(examples), _imitation, tally)
         learning_rate = self._updater.learning_rate
         self._updater.step += 1
@@ -71,7 +76,7 @@ class Learner:
         loss = _Surrogate(update.objective, self._rl.temperature)
         if self._stage != "rl":
             self._enter("rl")
-        tally = Tally()
+        tally = Tally(self._ranks)
         groups = rated(update.groups, update.advantages)
         for part in np.array_split(np.arange(len(groups)), self._rl.mini_batches):
             if mini_batch := [sample for index in part for sample in groups[index]]:
@@ -102,7 +107,7 @@ class Learner:
         settings: SftSettings | RlSettings = self._sft if stage == "sft" else self._rl
         schedule = Schedule(settings.steps, settings.warmup_steps, settings.decay_ratio, settings.final_ratio)
         self._stage: Stage = stage
-        self._updater = Updater(self._model, settings, schedule)
+        self._updater = Updater(self._model, settings, schedule, self._ranks)
 
 
 class _Surrogate:

@@ -18,6 +18,7 @@ from ..model.qwen3_moe import Qwen3Moe
 from .batch import MicroBatch, Sample, Totals, collate
 from .optim import Optimizer, Schedule
 from .packing import pack
+from .ranks import ALONE, Ranks
 from .settings import UpdateSettings
 from .tally import Tally
 
@@ -29,8 +30,11 @@ Loss = Callable[[Tensor, MicroBatch, Totals], tuple[Tensor, dict[str, Tensor]]]
 class Updater:
     """Updates `model` by `settings`, from a fresh optimizer on. Steps are counted by the caller: see `next_step`."""
 
-    def __init__(self, model: Qwen3Moe, settings: UpdateSettings, schedule: Schedule) -> None:
+    def __init__(
+        self, model: Qwen3Moe, settings: UpdateSettings, schedule: Schedule, ranks: Ranks = ALONE
+    ) -> None:
         self.model = model
+        self.ranks = ranks
         self.step = 0
         self._settings = settings
         self._schedule = schedule
@@ -49,14 +53,16 @@ class Updater:
         return self._settings.learning_rate * self._schedule.scale(self.step)
 
     def update(self, samples: Sequence[Sample], loss_of: Loss, tally: Tally) -> None:
-        """One optimizer step on all `samples`. The loss divides by their counts, however they are packed.
+        """One optimizer step on all `samples`, of which each rank works on its share. The loss divides by the counts of
+        all, however they are shared and packed.
 
         If the gradient is not finite the weights stay as they are, and the tally counts it. Raises FloatingPointError
         if that has happened more than `max_skipped` times in a row.
         """
         totals, last = Totals.of(samples), torch.zeros(())
-        for part in pack([s.num_inputs for s in samples], self._settings.micro_batch_tokens):
-            batch = collate([samples[i] for i in part])
+        mine = [samples[i] for i in self.ranks.share([s.num_inputs for s in samples])]
+        for part in pack([s.num_inputs for s in mine], self._settings.micro_batch_tokens):
+            batch = collate([mine[i] for i in part])
             out = self.model(batch.tokens, batch.positions, batch.lengths)
             loss, watched = loss_of(self.model.logits(out.hidden[batch.rows]), batch, totals)
             last = loss + self._settings.aux_weight * out.aux_loss * (len(batch.tokens) / totals.inputs)
@@ -68,6 +74,7 @@ class Updater:
                 load=out.load,
                 watched={"loss": loss * totals.tokens, **watched},
             )
+        self.ranks.sum_gradients(self.model.parameters())
         try:
             norm = self._optimizer.step(self._schedule.scale(self.step))
         except FloatingPointError as error:

@@ -23,6 +23,7 @@ from ..types import Group
 from .batch import MicroBatch, Totals, check_lengths, collate, rated
 from .optim import Schedule
 from .packing import pack
+from .ranks import ALONE, Ranks
 from .settings import CriticSettings
 from .tally import Tally
 from .updater import Updater, load_weights
@@ -33,12 +34,20 @@ HEAD = "lm_head.weight"
 class ValueLearner:
     """The critic and its optimizer. It begins as `policy`, its weights by name, and says zero of every state."""
 
-    def __init__(self, config: ModelConfig, settings: CriticSettings, policy: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        settings: CriticSettings,
+        policy: Mapping[str, np.ndarray],
+        *,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """`ranks`: the learners of other processes that are shown the same, and do a part of it."""
         self._config = config
         self._settings = settings
         model = Qwen3Moe(config, num_outputs=1)
         load_weights(model, {**policy, HEAD: np.zeros((1, config.hidden_size), np.float32)})
-        self._updater = Updater(model, settings, Schedule(0, settings.warmup_steps, 0.0, 1.0))
+        self._updater = Updater(model, settings, Schedule(0, settings.warmup_steps, 0.0, 1.0), ranks)
 
     @property
     def step(self) -> int:
@@ -71,7 +80,7 @@ class ValueLearner:
         Updater.update.
         """
         check_lengths(update.groups, self._config.max_positions)
-        tally = Tally()
+        tally = Tally(self._updater.ranks)
         groups = rated(update.groups, update.returns)
         for part in np.array_split(np.arange(len(groups)), self._settings.mini_batches):
             if mini_batch := [sample for index in part for sample in groups[index]]:
