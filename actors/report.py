@@ -20,7 +20,7 @@ from ..runtime.rundir import write_atomically
 Row = dict[str, Any]
 """A line of metrics.jsonl: stage, step, and METRICS."""
 
-STAGES = ("sft", "rl")
+STAGES = ("sft", "value", "rl")
 """In the order of a run."""
 
 
@@ -79,6 +79,18 @@ METRICS: dict[str, Metric] = {
     "accepted_groups": Metric("groups", "put into the pool since the run began"),
     "filtered_groups": Metric("groups", "without advantage (all right or all wrong) since the run began"),
     "failed_groups": Metric("groups", "given up since the run began"),
+    # algorithms
+    "skipped_updates": Metric("", "updates of the step that were not made, for their gradient was not finite"),
+    "imitation_loss": Metric("nats", "negative log-likelihood of correct responses per token of the step (VAPO)"),
+    # the critic, in its pretraining (stage "value") and in RL
+    "value_loss": Metric("", "half the squared error of the values, mean over tokens, before the updates"),
+    "value_mean": Metric("", "what the critic expects, mean over tokens"),
+    "return_mean": Metric("", "what it shall expect, mean over tokens"),
+    "explained_variance": Metric("", "1 - Var(return - value) / Var(return): 1 is a perfect critic, 0 knows the mean"),
+    "critic_grad_norm": Metric("", "norm of its gradient before clipping, mean over the step's updates"),
+    "critic_learning_rate": Metric("", "of its last update of the step"),
+    "critic_skipped_updates": Metric("", "its updates that were not made, for their gradient was not finite"),
+    "critic_train_s": Metric("s", "it computed its updates"),
     # evaluation, in the row of the step that it follows
     "eval_version": Metric("", "policy version that was evaluated"),
     "eval_pass_at_1": Metric("0..1", "share of right answers at temperature 1 on the fixed set"),

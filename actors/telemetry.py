@@ -78,6 +78,8 @@ class Telemetry:
         """The next stage begins."""
         self.stages = self._stage_seconds()
         self.stage = stage
+        if stage != "done":
+            self.stages.setdefault(stage, 0.0)
         self._stage_started = self._mark = time.monotonic()
         self._notify()
 
@@ -104,21 +106,22 @@ class Telemetry:
         self.tokens["trained_sft"] += int(metrics.get("trained_tokens", 0))
         return self._row("sft", step, version, metrics)
 
-    def rl_step(
-        self, step: int, version: int, metrics: dict[str, float], batch: list[Group], staleness: list[int],
+    def stream_step(
+        self, stage: str, step: int, version: int, metrics: dict[str, float], batch: list[Group], staleness: list[int],
         rollout: dict[str, Any], ledger: dict[str, int],
     ) -> Row:  # fmt: skip
-        """The row of an RL step. `rollout`: its stats, {} if it could not be asked; `ledger`: counts of the stream."""
+        """The row of a step on the stream. `rollout`: its stats, {} if it could not be asked; `ledger`: its counts."""
         trajectories = [t for group in batch for t in group.trajectories]
         lengths = np.array([t.num_tokens for t in trajectories])
         wall_s = time.monotonic() - self._mark
         sampled, decoded, busy_s = self._since_last(rollout)
-        self.staleness.update(staleness)
-        self.tokens["trained"] += int(lengths.sum())
+        if stage == "rl":
+            self.staleness.update(staleness)
+            self.tokens["trained"] += int(lengths.sum())
         self.tokens["sampled"] += int(sampled)
         correct, judged = self._judged
         self._judged = [0, 0]
-        row = self._row("rl", step, version, {
+        row = self._row(stage, step, version, {
             **metrics,
             "reward_mean": float(np.mean([t.reward for t in trajectories])),
             "pass_ratio": correct / max(1, judged),
@@ -130,7 +133,7 @@ class Telemetry:
             "prompt_size_mean": float(np.mean([group.prompt.size for group in batch])),
             "staleness_mean": float(np.mean(staleness)),
             "staleness_max": int(max(staleness)),
-            "on_policy_ratio": float(np.mean([group.oldest_version == version - 1 for group in batch])),
+            "on_policy_ratio": float(np.mean([lag == 0 for lag in staleness])),
             "partial_ratio": float(np.mean([len(t.segments) > 1 for t in trajectories])),
             "sampled_tokens": sampled,
             "sampled_tokens_per_s": sampled / wall_s,

@@ -113,10 +113,11 @@ class _Launch:
     async def run(self) -> int:
         """Starts, shows and stops the system; writes summary.json."""
         from .actors.report import write_summary
+        from .runtime.gang import with_ranks
         from .runtime.system import System
         from .screen import open_screen
 
-        nodes = {name: settings.spec(name) for name, settings in self.job.cluster.nodes.items()}
+        nodes = {name: settings.spec(name) for name, settings in with_ranks(self.job.cluster).nodes.items()}
         system = System(self.dir, nodes=nodes, seed=self.job.run.seed)
         self._on_signals(system)
         with open_screen(plain=self.plain) as screen:
@@ -161,7 +162,9 @@ class _Launch:
 
     async def _work(self, system: System, screen: Any) -> None:
         """Starts all actors at once, then follows the controller to its end."""
-        cluster = self.job.cluster
+        from .runtime.gang import with_ranks
+
+        cluster = with_ranks(self.job.cluster)
         for actor in cluster.actors.values():
             system.declare(actor.name, type(actor.instance))
         groups: dict[str, ActorGroup] = {}

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from headrace.actors import controller as controller_module
+from headrace.actors.algorithms.dapo import Dapo
+from headrace.actors.algorithms.updates import PolicyUpdate
 from headrace.actors.controller import Controller
 from headrace.actors.data.running_sum import RunningSum
 from headrace.actors.evaluator import Evaluation
@@ -112,7 +114,8 @@ class FakeTrainer(Mortal):
         return {"loss": 1.0 / self.sft if self.sft else 1.0}
 
     @message
-    async def step(self, number: int, groups: list[Group]) -> dict[str, float]:
+    async def step(self, number: int, update: PolicyUpdate) -> dict[str, float]:
+        groups = update.groups
         assert (self.sft, number) == (SFT.steps, self.rl + 1)
         WORLD.trained.append((number, [group.prompt.ordinal for group in groups]))
         WORLD.batches[number] = groups
@@ -131,7 +134,7 @@ class FakeTrainer(Mortal):
         )  # fmt: skip
 
     @message
-    async def checkpoint(self, name: str, files: dict[str, bytes]) -> str:
+    async def checkpoint(self, name: str, files: dict[str, bytes], parts: dict[str, str]) -> str:
         WORLD.kept = self.sft, self.rl
         folder = WORLD.run / "checkpoints" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,8 +220,10 @@ async def running(policies: dict[str, RestartPolicy] | None = None, every: int =
     run = RunSpec(name=WORLD.run.name, directory=str(WORLD.run.parent))
     actors: dict[str, Actor] = {
         "rollout": FakeRollout(), "trainer": FakeTrainer(), "evaluator": FakeEvaluator(), "verifier": RuleVerifier(),
-        "reward": Reward(rl=RL), "pool": StreamPool(run=run, rl=RL, capacity=32),
-        "controller": OneSize(run=run, task=TASK, sft=SFT, rl=RL, evaluation=EvaluationSettings(every=every)),
+        "reward": Reward(rl=RL, overlong_cache=0), "pool": StreamPool(run=run, rl=RL, capacity=32),
+        "controller": OneSize(
+            run=run, task=TASK, sft=SFT, rl=RL, algorithm=Dapo(), evaluation=EvaluationSettings(every=every)
+        ),
     }  # fmt: skip
     WORLD.run.mkdir(parents=True, exist_ok=True)
     async with System(WORLD.run) as system:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from sample_actors import until
 
+from headrace.actors.algorithms.groups import has_signal
 from headrace.actors.data.running_sum import RunningSum, encode
 from headrace.actors.job import load_job
 from headrace.actors.reward import Reward
-from headrace.actors.trainer.groups import has_signal
 from headrace.actors.trainer.settings import RlSettings
 from headrace.actors.types import Group, Segment, Trajectory, Verdict
 from headrace.actors.verifier import Case, RuleVerifier, TextVerifier
@@ -142,7 +142,7 @@ async def test_a_graded_verdict_is_the_reward_and_makes_a_signal():
     [group] = groups(1)
     for trajectory, number in zip(group.trajectories, (0.25, 0.25, 0.25, 1.0), strict=True):
         trajectory.verdict = Verdict(correct=True, reward=number)
-    reward = Reward(rl=RlSettings(max_new_tokens=96))
+    reward = Reward(rl=RlSettings(max_new_tokens=96), overlong_cache=8)
     assert await reward.score(group) == pytest.approx([0.25, 0.25, 0.25, 1.0])
     assert has_signal(group)
     group.trajectories.pop()
