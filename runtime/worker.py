@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from .actor import Actor, message
 from .batches import count, join, nbytes
 from .batches import part as cut
-from .errors import BatchGone, BatchesFull
+from .errors import BatchesFull, BatchGone
 from .layout import Layout
 from .mailbox import Lane
 from .remote_batch import RemoteBatch, RemotePart
@@ -42,7 +42,10 @@ class Worker(Actor):
     """How the ranks are arranged."""
 
     async def together(
-        self, function: Callable[..., Any], *args: Any, alike: tuple[type[Exception], ...] = (ValueError, ArithmeticError)
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        alike: tuple[type[Exception], ...] = (ValueError, ArithmeticError),
     ) -> Any:
         """Runs on the actor's own thread what the ranks of a group compute together, and returns its result.
 

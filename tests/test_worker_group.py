@@ -93,7 +93,9 @@ def test_parts_of_arrays_are_views() -> None:
 
 
 def test_what_is_no_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match="argument 0, y has 2 samples|argument 0, x has 3 samples, argument 0, y has 2"):
+    with pytest.raises(
+        ValueError, match="argument 0, y has 2 samples|argument 0, x has 3 samples, argument 0, y has 2"
+    ):
         split(Arguments(({"x": [1, 2, 3], "y": np.zeros(2)},), {}), 2)
     with pytest.raises(ValueError, match="the batch is empty"):
         split(Arguments(([],), {}), 2)
