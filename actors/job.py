@@ -18,7 +18,7 @@ from ..runtime.cluster import ROOT, ClusterSpec, load_cluster, to_table
 from ..runtime.pool import SamplePool
 from ..runtime.rundir import RunDirectory, RunSpec, write_atomically
 from ..runtime.toml import ConfigError, Document
-from .data.running_sum import RunningSum
+from .data import TASKS, RunningSum, Task
 from .evaluator.settings import EvaluationSettings
 from .model.config import ModelConfig
 from .stream.policy import stream_policy
@@ -31,6 +31,7 @@ TABLES = {
     "rl": RlSettings,
     "evaluation": EvaluationSettings,
 }
+"""`[task]` is of another class where its `kind` says so."""
 
 ROLES = ("controller", "rollout", "verifier", "reward", "pool", "trainer", "evaluator")
 """Actors that the controller asks for by name."""
@@ -45,7 +46,7 @@ class Job:
 
     cluster: ClusterSpec
     model: ModelConfig
-    task: RunningSum
+    task: Task
     sft: SftSettings
     rl: RlSettings
     evaluation: EvaluationSettings
@@ -90,9 +91,10 @@ class Job:
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """Reads and checks a cluster.toml with `--set` arguments ("rl.steps=20"). Raises ConfigError."""
     document = toml.read(path, overrides)
-    cluster, tables = load_cluster(document, TABLES)
+    cluster, tables = load_cluster(document, {**TABLES, "task": _task_class(document)})
     job = Job(cluster=cluster, **tables)
     _check_roles(document, job)
+    _check_task(document, job)
     _check_lengths(document, job)
     _check_stream(document, job)
     return job
@@ -103,6 +105,22 @@ def _check_roles(document: Document, job: Job) -> None:
         if role not in job.cluster.actors:
             hint = toml.nearest(role, set(job.cluster.actors) - set(ROLES))
             raise document.error(("actors", role), f"missing; the controller needs an actor of this name{hint}")
+
+
+def _task_class(document: Document) -> type:
+    table = document.table.get("task", {})
+    kind = table.get("kind", "running_sum") if isinstance(table, dict) else "running_sum"
+    if kind not in TASKS:
+        hint = toml.nearest(str(kind), TASKS, otherwise=f"; known are {', '.join(TASKS)}")
+        raise document.error(("task", "kind"), f"there is no task {toml.dump_value(kind)}{hint}")
+    return TASKS[kind]
+
+
+def _check_task(document: Document, job: Job) -> None:
+    try:
+        job.task.check(job.rl.max_new_tokens)
+    except ValueError as error:
+        raise document.error(("task",), str(error)) from None
 
 
 def _check_lengths(document: Document, job: Job) -> None:

@@ -7,8 +7,9 @@
                       every other key is a field of that class
     [ANYTHING ELSE]   a table that the caller names together with a dataclass
 
-An actor field named like a table, and annotated with that table's dataclass, receives the table. All values are checked
-here; nothing is started, no file is written. Knows nothing of what the actors or the other tables are for.
+An actor field named like a table, and annotated with that table's dataclass or a protocol that it fulfils, receives the
+table. All values are checked here; nothing is started, no file is written. Knows nothing of what the actors or the
+other tables are for.
 """
 
 from __future__ import annotations
@@ -330,7 +331,11 @@ def field_types(cls: type) -> dict[str, Any]:
 
 def _given_to(cls: type, shared: Mapping[str, Any]) -> dict[str, Any]:
     types = field_types(cls)
-    return {name: value for name, value in shared.items() if types.get(name) is type(value)}
+    return {name: value for name, value in shared.items() if _fits(value, types.get(name))}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    return isinstance(hint, type) and isinstance(value, hint)
 
 
 def _table(document: Document, keys: Keys) -> dict[str, Any]:
