@@ -50,14 +50,14 @@ class Case(NamedTuple):
     def options(self) -> dict[str, Any]:
         random = torch.Generator().manual_seed(self.seed + 1)
         bias = torch.randint(-4, 5, (self.num_experts,), generator=random) / 4 if self.biased else None
-        return dict(
-            renormalize=self.renormalize,
-            score=self.score,
-            bias_E=bias,
-            groups=self.groups,
-            top_groups=self.top_groups,
-            scale=self.scale,
-        )
+        return {
+            "renormalize": self.renormalize,
+            "score": self.score,
+            "bias_E": bias,
+            "groups": self.groups,
+            "top_groups": self.top_groups,
+            "scale": self.scale,
+        }
 
     def is_clear(self) -> bool:
         """Whether no choice hangs on the rounding of a sigmoid: what differs at all differs visibly."""
@@ -225,7 +225,9 @@ def test_without_probs_the_scores_are_not_written():
 
 def test_on_a_cpu_the_gate_is_the_reference_bit_by_bit():
     logits = some()
-    for a, b in zip(topk_gate(logits, 8, renormalize=True), reference.topk_gate(logits, 8, renormalize=True), strict=True):
+    for a, b in zip(
+        topk_gate(logits, 8, renormalize=True), reference.topk_gate(logits, 8, renormalize=True), strict=True
+    ):
         assert torch.equal(a, b)
 
 
