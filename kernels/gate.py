@@ -149,7 +149,7 @@ def _by_four(logits: Tensor) -> int:
 
 def _start(spec: KernelSpec, logits: Tensor, args: tuple[launch.Argument, ...]) -> None:
     num_tokens, num_experts = logits.shape
-    config = launch.pick(spec, tokens=num_tokens, experts=num_experts)
+    config = launch.pick(spec, tokens=num_tokens, E=num_experts)
     size = next(size for size in _SIZES if num_experts <= size)
     lanes = min(32, size // config["SLOTS"])
     block = config["BLOCK"]

@@ -123,7 +123,7 @@ class _Unpermute(torch.autograd.Function):
         (num_tokens, k), (num_rows, width) = weights.shape, y.shape
         grad_y = launch.empty(y.shape, y.dtype, y)
         grad_weights = launch.empty(weights.shape, torch.float32, y)
-        config = launch.pick(BACKWARD, tokens=num_tokens, width=width)
+        config = launch.pick(BACKWARD, tokens=num_tokens, D=width)
         block = config["BLOCK"]
         launch.launch(
             BACKWARD,
@@ -143,7 +143,7 @@ def _sum_rows(y: Tensor, rows_P: Tensor, weights: Tensor | None, num_tokens: int
     num_rows, width = y.shape
     out = launch.empty((num_tokens, width), y.dtype, y)
     k = rows_P.numel() // max(num_tokens, 1)
-    config = launch.pick(UNPERMUTE, tokens=num_tokens, width=width)
+    config = launch.pick(UNPERMUTE, tokens=num_tokens, D=width)
     launch.launch(
         UNPERMUTE,
         num_tokens,

@@ -134,6 +134,6 @@ def _by_chunks(*tensors: Tensor) -> int:
 
 
 def _start(spec: KernelSpec, logits: Tensor, args: tuple[launch.Argument, ...]) -> None:
-    config = launch.pick(spec, rows=logits.shape[0], vocabulary=logits.shape[1])
+    config = launch.pick(spec, tokens=logits.shape[0], V=logits.shape[1])
     variant = {"LOGIT": _LOGITS[logits.dtype]}
     launch.launch(spec, logits.shape[0], config["BLOCK"], args, device_of=logits, config=config, variant=variant)
