@@ -131,16 +131,21 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (logits, ids, norms), rule = ctx.saved_tensors, ctx.rule
         _, grad_weights, grad_scores = grads
-        grad_logits = launch.empty(logits.shape, logits.dtype, logits)
-        args = (
-            logits, ids, norms, grad_weights.contiguous(), grad_scores.contiguous() if ctx.probs else None, grad_logits,
-            *logits.shape, rule.k, int(rule.score == "sigmoid"), int(rule.renormalize), float(rule.scale),
-            _by_four(logits),
-        )  # fmt: skip
-        _start(BACKWARD, logits, args)
-        return grad_logits, None, None, None, None
+        grad_scores = grad_scores.contiguous() if ctx.probs else None
+        return _backward(*ctx.saved_tensors, grad_weights.contiguous(), grad_scores, ctx.rule), None, None, None, None
+
+
+def _backward(
+    logits: Tensor, ids: Tensor, norms: Tensor, grad_weights: Tensor, grad_scores: Tensor | None, rule: _Rule
+) -> Tensor:
+    grad_logits = launch.empty(logits.shape, logits.dtype, logits)
+    args = (
+        logits, ids, norms, grad_weights, grad_scores, grad_logits, *logits.shape, rule.k,
+        int(rule.score == "sigmoid"), int(rule.renormalize), float(rule.scale), _by_four(logits),
+    )  # fmt: skip
+    _start(BACKWARD, logits, args)
+    return grad_logits
 
 
 def _by_four(logits: Tensor) -> int:

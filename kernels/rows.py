@@ -118,24 +118,28 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y, weights, pairs, rows_P = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        (num_tokens, k), (num_rows, width) = weights.shape, y.shape
-        grad_y = launch.empty(y.shape, y.dtype, y)
-        grad_weights = launch.empty(weights.shape, torch.float32, y)
-        config = launch.pick(BACKWARD, tokens=num_tokens, D=width)
-        block = config["BLOCK"]
-        launch.launch(
-            BACKWARD,
-            _grid(num_tokens * k, block // 32) + _grid(num_rows, block),
-            block,
-            (grad, y, rows_P, pairs, weights, grad_y, grad_weights, num_tokens, k, num_rows, width,
-             _by_chunks(width, grad, y, grad_y)),
-            device_of=y,
-            config=config,
-            variant={"REAL": _NUMBERS[y.dtype], "INDEX": _INDICES[rows_P.dtype]},
-        )  # fmt: skip
-        return grad_y, grad_weights, None, None
+        return *_unpermute_backward(grads[0].contiguous(), *ctx.saved_tensors), None, None
+
+
+def _unpermute_backward(
+    grad: Tensor, y: Tensor, weights: Tensor, pairs: Tensor, rows_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    (num_tokens, k), (num_rows, width) = weights.shape, y.shape
+    grad_y = launch.empty(y.shape, y.dtype, y)
+    grad_weights = launch.empty(weights.shape, torch.float32, y)
+    config = launch.pick(BACKWARD, tokens=num_tokens, D=width)
+    block = config["BLOCK"]
+    launch.launch(
+        BACKWARD,
+        _grid(num_tokens * k, block // 32) + _grid(num_rows, block),
+        block,
+        (grad, y, rows_P, pairs, weights, grad_y, grad_weights, num_tokens, k, num_rows, width,
+         _by_chunks(width, grad, y, grad_y)),
+        device_of=y,
+        config=config,
+        variant={"REAL": _NUMBERS[y.dtype], "INDEX": _INDICES[rows_P.dtype]},
+    )  # fmt: skip
+    return grad_y, grad_weights
 
 
 def _sum_rows(y: Tensor, rows_P: Tensor, weights: Tensor | None, num_tokens: int) -> Tensor:

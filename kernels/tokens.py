@@ -115,18 +115,34 @@ class _TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, tokens, entropies, norms = ctx.saved_tensors
         grad_logprobs, grad_entropies = (grad.contiguous() for grad in grads[:2])
-        grad_logits = logits.detach() if ctx.overwrite else launch.empty(logits.shape, logits.dtype, logits)
-        _start(
-            BACKWARD,
-            logits,
-            (logits, tokens, entropies, norms, grad_logprobs, grad_entropies, grad_logits, logits.shape[1],
-             ctx.inverse_temperature, _by_chunks(logits, grad_logits)),
-        )  # fmt: skip
-        if ctx.overwrite:
-            torch.autograd.graph.increment_version(logits)
+        grad_logits = _backward(
+            *ctx.saved_tensors, grad_logprobs, grad_entropies, ctx.inverse_temperature, overwrite=ctx.overwrite
+        )
         return grad_logits, None, None, None
+
+
+def _backward(
+    logits: Tensor,
+    tokens: Tensor,
+    entropies: Tensor,
+    norms: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropies: Tensor,
+    inverse_temperature: float,
+    *,
+    overwrite: bool,
+) -> Tensor:
+    grad_logits = logits.detach() if overwrite else launch.empty(logits.shape, logits.dtype, logits)
+    _start(
+        BACKWARD,
+        logits,
+        (logits, tokens, entropies, norms, grad_logprobs, grad_entropies, grad_logits, logits.shape[1],
+         inverse_temperature, _by_chunks(logits, grad_logits)),
+    )  # fmt: skip
+    if overwrite:
+        torch.autograd.graph.increment_version(logits)
+    return grad_logits
 
 
 def _by_chunks(*tensors: Tensor) -> int:
