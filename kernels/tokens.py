@@ -115,11 +115,11 @@ class _TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        grad_logprobs, grad_entropies = (grad.contiguous() for grad in grads[:2])
-        grad_logits = _backward(
-            *ctx.saved_tensors, grad_logprobs, grad_entropies, ctx.inverse_temperature, overwrite=ctx.overwrite
-        )
-        return grad_logits, None, None, None
+        logits, tokens, entropies, norms = ctx.saved_tensors
+        by_logprob, by_entropy = (grad.contiguous() for grad in grads[:2])
+        temper, overwrite = ctx.inverse_temperature, ctx.overwrite
+        grad = _backward(logits, tokens, entropies, norms, by_logprob, by_entropy, temper, overwrite=overwrite)
+        return grad, None, None, None
 
 
 def _backward(

@@ -15,7 +15,7 @@ from torch import Tensor
 from headrace.kernels import launch, reference
 from headrace.kernels import rows as kernels
 from headrace.kernels.reference import Rows, align
-from headrace.kernels.rows import permute, unpermute
+from headrace.kernels.rows import permute, unpermute, unpermute_fp8
 
 WIDTHS = st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 256, 264]))
 INDICES = st.sampled_from([torch.int32, torch.int64])
@@ -170,6 +170,50 @@ def test_fp8_travels_as_bytes_and_its_scales_beside_it():
     )
 
 
+def check_fp8(case: Case, num_scales: int, schedule: int) -> None:
+    rows, random = case.rows(), case.random()
+    num_rows = len(rows.pairs_N)
+    codes = torch.randint(0, 256, (num_rows, case.width), dtype=torch.uint8, generator=random)
+    y = codes.where(codes % 128 != 127, 0).view(torch.float8_e4m3fn)
+    scales = torch.rand(num_rows, num_scales, generator=random) + 0.1
+    weights = torch.rand(case.num_tokens, case.k, generator=random)
+    numbers = y.double() * scales.double().repeat_interleave(case.width // num_scales, dim=1)
+    expected = reference.unpermute(numbers, rows, weights.double())
+    with launch.backend(ShimBackend(schedule)):
+        got = unpermute_fp8(y, scales, rows, weights)
+    for result in (got, unpermute_fp8(y, scales, rows, weights)):
+        assert result.dtype == torch.bfloat16
+        torch.testing.assert_close(result.double(), expected, atol=1e-3, rtol=2.0**-8)
+
+
+@needs_shim
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(case_strategy, st.integers(1, 4), st.integers(0, 99))
+def test_sum_of_fp8_rows_is_the_reference(case: Case, num_scales: int, schedule: int):
+    if num_scales > 1:
+        case = case._replace(width=(case.width // 32 + 1) * 8 * num_scales)
+    for seed in range(schedule, schedule + 3):
+        check_fp8(case, num_scales, seed)
+
+
+@needs_shim
+@pytest.mark.parametrize(("width", "num_scales"), [(1, 1), (13, 1), (48, 1), (48, 3), (256, 2)])
+def test_sum_of_fp8_rows(width: int, num_scales: int):
+    for schedule in range(3):
+        check_fp8(SOME._replace(width=width), num_scales, schedule)
+
+
+@needs_shim
+def test_every_fp8_code_is_read_as_torch_reads_it():
+    codes = torch.arange(256, dtype=torch.uint8).reshape(256, 1)
+    y = codes.view(torch.float8_e4m3fn)
+    rows = align(torch.zeros(256, 1, dtype=torch.int64), 1)
+    with launch.backend(ShimBackend(1)):
+        got = unpermute_fp8(y, torch.ones(256, 1), rows, torch.ones(256, 1))
+    torch.testing.assert_close(got, y.bfloat16(), atol=0, rtol=0, equal_nan=True)
+
+
 @needs_shim
 def test_rows_without_an_inverse_are_inverted():
     ids = torch.tensor([[0, 2], [1, 0], [2, 1]])
@@ -300,6 +344,7 @@ def test_reference_gradients_are_those_of_finite_differences(case: Case):
 
 X, ROWS = torch.zeros(3, 8), align(torch.tensor([[0, 2], [1, 0], [2, 1]]), 3)
 WEIGHTS = torch.ones(3, 2)
+FP8 = torch.zeros(6, 8).to(torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +363,11 @@ WEIGHTS = torch.ones(3, 2)
         (lambda: unpermute(X.repeat(2, 1), ROWS, WEIGHTS.reshape(6)), "weights_TK must have the shape"),
         (lambda: unpermute(X.repeat(2, 1), ROWS, torch.ones(2, 3).t()), "contiguous"),
         (lambda: unpermute(X.repeat(2, 1), ROWS, WEIGHTS.to("meta")), "weights_TK is on meta"),
+        (lambda: unpermute_fp8(X.repeat(2, 1), torch.ones(6, 1), ROWS, WEIGHTS), "y_ND must be float8_e4m3fn"),
+        (lambda: unpermute_fp8(FP8, torch.ones(6, 1).double(), ROWS, WEIGHTS), "scales_NB must be float32"),
+        (lambda: unpermute_fp8(FP8, torch.ones(5, 1), ROWS, WEIGHTS), "scales_NB must have the shape"),
+        (lambda: unpermute_fp8(FP8, torch.ones(6, 2), ROWS, WEIGHTS), "2 scales can't divide 8 columns"),
+        (lambda: unpermute_fp8(FP8, torch.ones(6, 0), ROWS, WEIGHTS), "0 scales can't divide 8 columns"),
     ],
 )
 def test_bad_input_is_refused_before_any_launch(call, message: str):

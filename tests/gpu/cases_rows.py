@@ -35,6 +35,11 @@ def _experts_out(size: tuple[int, int, int, int], random: torch.Generator) -> tu
     return y.bfloat16(), rows, torch.rand(size[:2], generator=random, device=random.device)
 
 
+def _fp8_out(size: tuple[int, int, int, int], random: torch.Generator) -> tuple[Tensor, Tensor, Rows, Tensor]:
+    y, rows, weights = _experts_out(size, random)
+    return y.to(torch.float8_e4m3fn), torch.rand(len(y), 1, generator=random, device=y.device), rows, weights
+
+
 def _flows(size: tuple[int, int, int, int], random: torch.Generator) -> tuple[Tensor, Rows, Tensor, Tensor]:
     grad = torch.randn(size[0], size[3], generator=random, device=random.device)
     return *_experts_out(size, random), grad.bfloat16()
@@ -88,6 +93,20 @@ def cases() -> Iterator[Case]:
         spec=kernels.UNPERMUTE,
         tuned=tuple((1 << n, 8, 128, 2048) for n in range(4, 16, 2)),
         load=lambda y, rows, weights: rows.load_E.tolist(),
+    )
+    yield Case(
+        name="unpermute_fp8",
+        small=((7, 2, 4, 13), (50, 4, 6, 64)),
+        large=(65_536, 8, 128, 2048),
+        make=_fp8_out,
+        run=kernels.unpermute_fp8,
+        exact=lambda y, scales, rows, weights: reference.unpermute_fp8(y, scales, rows, weights),
+        rtol=2.0**-7,
+        atol=1e-4,
+        moved_bytes=lambda y, scales, rows, weights: (2 + weights.shape[1]) * len(weights) * y.shape[1],
+        bars={"copy": 0.80},
+        spec=kernels.UNPERMUTE_FP8,
+        load=lambda y, scales, rows, weights: rows.load_E.tolist(),
     )
     yield Case(
         name="unpermute_backward",
