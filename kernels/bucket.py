@@ -143,7 +143,7 @@ def _run(
 ) -> Tensor:
     table = _table(bucket.device, plan, tensors, scales)
     units = plan.num_bytes // UNIT_BYTES
-    config = launch.pick(spec, units=units, entries=len(tensors))
+    config = launch.pick(spec, tokens=units)
     blocks = -(-units // (config["BLOCK"] * config["UNITS"]))
     partial = launch.empty((blocks,), torch.int64, bucket)
     checksum = launch.empty((1,), torch.int64, bucket)

@@ -62,7 +62,7 @@ def moe_gemv(x_ND: Tensor, ends_E: Tensor, w_EFD: Tensor, scales_EF: Tensor | No
     if not y_NF.numel():
         return y_NF
     weights = w_EFD.view(torch.uint8) if fp8 else w_EFD
-    config = launch.pick(_GEMV, rows=len(x_ND), experts=experts, features=features, columns=columns)
+    config = launch.pick(_GEMV, tokens=len(x_ND), E=experts, F=features, D=columns)
     chunk = 16 // w_EFD.element_size()
     vector = columns % chunk == 0 and x_ND.data_ptr() % 16 == 0 and w_EFD.data_ptr() % 16 == 0
     args = (x_ND, ends_E, weights, scales_EF, y_NF, len(x_ND), experts, features, columns, int(vector))

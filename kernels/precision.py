@@ -68,7 +68,7 @@ def fp8_quant(x_RC: Tensor, block: Block, *, pow2: bool = False, scales: Tensor 
     made = launch.empty(shape, torch.float32, x_RC) if scales is None else scales
     amax = launch.empty(shape, torch.float32, x_RC)
     spec = {"row": _ROW, "1x128": _GROUP, "128x128": _TILE}[block]
-    config = launch.pick(spec, rows=rows, columns=columns)
+    config = launch.pick(spec, tokens=rows, C=columns)
     grid: tuple[int, int] = (shape[0], 1)
     if block == "1x128":
         grid = (rows, -(-shape[1] // (config["BLOCK"] // 32 * _KEEP)))
@@ -99,7 +99,7 @@ def amax_scales(history_HN: Tensor, amax_N: Tensor, slot: int, *, pow2: bool = F
     if not launch.runs_kernels(history_HN):
         return reference.amax_scales(history_HN, amax_N, slot, pow2=pow2)
     scales = launch.empty((num,), torch.float32, history_HN)
-    config = launch.pick(_HISTORY, columns=num)
+    config = launch.pick(_HISTORY, tokens=num)
     args = (history_HN, amax_N, scales, slots, num, slot, int(pow2))
     grid = -(-num // config["BLOCK"])
     launch.launch(
@@ -127,7 +127,7 @@ def range_search(w_RC: Tensor, moment_C: Tensor | None = None) -> Fitted:
     codes = launch.empty(w_RC.shape, torch.uint8, w_RC)
     scales, encodes = (launch.empty((rows, 1), torch.float32, w_RC) for _ in range(2))
     choices = launch.empty((rows,), torch.int32, w_RC)
-    config = launch.pick(_SEARCH, rows=rows, columns=columns)
+    config = launch.pick(_SEARCH, tokens=rows, C=columns)
     args = (w_RC, moment_C, codes, scales, encodes, choices, rows, columns, int(_is_vector(w_RC)))
     grid = -(-rows // (config["BLOCK"] // 32))
     launch.launch(_SEARCH, grid, config["BLOCK"], args, device_of=w_RC, config=config, variant=_format(w_RC))
