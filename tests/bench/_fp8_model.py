@@ -89,7 +89,7 @@ class Moments(_Products):
         return _multiply(x, w_ERC, ends)
 
     def means(self) -> dict[str, Tensor]:
-        """Site -> E[x x^T] of each matrix, float32 [E, C, C]; the mean over all of them counts as one more row of each."""
+        """Site -> E[x x^T] of each matrix, float32 [E, C, C]; the mean over all counts as one more row of each."""
         means = {}
         for site, sums in self._sums.items():
             prior = sums.sum(0) / self._counts[site].sum()

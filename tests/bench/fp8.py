@@ -3,10 +3,10 @@
 cast     every finite bf16 number and scale 1, against the dtype of ml_dtypes after clamping.
 layers   error on held-out inputs over that of scales by row amax, for layers with outliers: the worst of all fixtures
          and seeds, by the search at each sync and with error feedback. Only weights are FP8.
-model    the default job's model after SFT and some RL steps (--rl-steps, or a finished run by --run): KL(bf16 || fp8) of
-         the next token and shared expert choices, over answers of its own to problems that moments were not taken from.
-         KL is over response tokens; what a prompt goes on with is nothing that it has learned. Experts and attention are
-         FP8; router, embedding and output layer bf16. `w8a8`: the inputs of those products, too, by 1x128 groups.
+model    the default job's model after SFT and some RL steps (--rl-steps), or that of a finished run (--run): KL(bf16 ||
+         fp8) of the next token and shared expert choices, over answers of its own to other problems than those that
+         moments were taken from. KL is over response tokens: what a prompt goes on with is nothing that was learned.
+         Experts and attention are FP8; router, embedding and output layer bf16. `w8a8`: inputs, too, by 1x128 groups.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, metavar="DIR", help="take the model of this run, instead of training one")
     parser.add_argument("--rl-steps", type=int, default=40, metavar="N", help="of the job that is trained (default 40)")
     parser.add_argument("--seeds", type=int, default=4, metavar="N", help="layers of each kind (default 4)")
-    parser.add_argument("--sequences", type=int, default=1024, metavar="N", help="answers, half held out (default 1024)")
+    parser.add_argument(
+        "--sequences", type=int, default=1024, metavar="N", help="answers, half held out (default 1024)"
+    )
 
 
 def measure(options: argparse.Namespace, say: Say) -> Figures:
@@ -69,7 +71,9 @@ def cast_equal_ratio() -> float:
     try:
         import ml_dtypes
     except ImportError as error:
-        raise BenchmarkError("the yardstick of the cast, ml_dtypes, is not installed; install headrace[test]") from error
+        raise BenchmarkError(
+            "the yardstick of the cast, ml_dtypes, is not installed; install headrace[test]"
+        ) from error
     numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     numbers = numbers[numbers.isfinite()]
     found = fp8_quant(numbers.reshape(-1, 1).contiguous(), "row", scales=torch.ones(len(numbers), 1)).codes_RC
