@@ -103,7 +103,7 @@ def _require_fit(
     op: str, tensors: Sequence[Tensor], plan: Plan, scales: Sequence[Tensor | None] | None
 ) -> list[Tensor | None]:
     """The scales, None for each tensor if there are none."""
-    given = [None] * len(tensors) if scales is None else list(scales)
+    given: list[Tensor | None] = [None] * len(tensors) if scales is None else list(scales)
     for name, num in (("tensors", len(tensors)), ("scales", len(given))):
         require(num == len(plan.places), op, f"the plan has {len(plan.places)} places, but there are {num} {name}")
     for position, (tensor, place, scale) in enumerate(zip(tensors, plan.places, given, strict=True)):

@@ -154,4 +154,5 @@ def _refit(moment: Tensor, w: Tensor, q: Tensor, otherwise: Tensor) -> Tensor:
 def _total(terms_RC: Tensor) -> Tensor:
     """Row sums [R, 1] in float64, of sums of 4 in float32: the order in which a thread of the kernel adds."""
     fours = F.pad(terms_RC, (0, -terms_RC.shape[1] % 4)).unflatten(1, (-1, 4))
-    return (fours[..., 0] + fours[..., 1] + fours[..., 2] + fours[..., 3]).double().sum(1, keepdim=True)
+    sums: Tensor = fours[..., 0] + fours[..., 1] + fours[..., 2] + fours[..., 3]
+    return sums.double().sum(1, keepdim=True)

@@ -56,7 +56,7 @@ def _decode(size: tuple[int, int, int, int], random: torch.Generator) -> tuple[T
     """Rows of each expert, experts, features, columns; bf16."""
     rows, experts, features, columns = size
     x = torch.randn(rows * experts, columns, generator=random, device=random.device).bfloat16()
-    ends = torch.arange(rows, rows * experts + 1, max(rows, 1), device=random.device)[:experts].int()
+    ends = (rows * torch.arange(1, experts + 1, device=random.device)).int()
     w = 0.05 * torch.randn(experts, features, columns, generator=random, device=random.device)
     return x, ends, w.bfloat16()
 
