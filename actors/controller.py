@@ -26,7 +26,15 @@ import numpy as np
 
 from ..runtime import Actor, Lane, message, timeout
 from ..runtime.codec import dumps
-from ..runtime.errors import ActorDied, CorruptWeights, DeadlineExceeded, RemoteError, StaleIncarnation
+from ..runtime.errors import (
+    ActorDied,
+    CorruptWeights,
+    DeadlineExceeded,
+    RemoteError,
+    RuntimeFault,
+    StaleIncarnation,
+    UnknownActor,
+)
 from ..runtime.pool import Entry, Lease
 from ..runtime.rundir import RunSpec
 from .algorithms import Algorithm, Batch, Metrics
@@ -57,6 +65,9 @@ STATS_S = 2.0
 
 TRAINER = "trainer"
 """Holder of the leases."""
+
+BALANCE_S = 0.5
+"""Longest wait for the balancer, which nothing depends on."""
 
 NOTHING = -1
 """Version of a rollout worker that holds no weights."""
@@ -91,6 +102,7 @@ class Controller(Actor):
         self.telemetry = Telemetry(self.run.path, self.state.stage, self.state.step, self.state.telemetry)
         self.telemetry.begin(self.steps.get(self.state.stage, self.rl.steps))
         self._rollout_holds = NOTHING
+        self._unbalanced = False
         if self._pool_state is not None:
             self.log("resumed", stage=self.state.stage, step=self.state.step)
         self._arming = asyncio.Lock()
@@ -359,7 +371,23 @@ class Controller(Actor):
                     rollout = await self.rollout.stats()
         step, version = self.state.step, self.state.version
         stage, counts = self.state.stage, self.ledger.counts
+        if stage == "rl":
+            metrics = metrics | await self._balance(step)
         return self.telemetry.stream_step(stage, step, version, metrics, batch, staleness, rollout, counts)
+
+    async def _balance(self, step: int) -> dict[str, float]:
+        """What the balancer says of a step; nothing if there is none, or it fails: nothing else depends on it."""
+        balanced: dict[str, float] = {}
+        try:
+            async with timeout(BALANCE_S):
+                balanced = await self.find("balancer").balance(step)
+        except UnknownActor:
+            pass
+        except (RuntimeFault, TimeoutError) as error:
+            if not self._unbalanced:
+                self.log("balancer_failed", step=step, reason=str(error))
+            self._unbalanced = True
+        return balanced
 
     def _enter_next(self) -> None:
         """Goes on to the next stage that has steps left, if this one has none."""

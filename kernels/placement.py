@@ -23,7 +23,7 @@ import numpy as np
 from .leveling import NO_SLOT, SWEEPS, Ints, level_split, rank_load
 from .slot_search import Floats, improve, room, steady
 
-KEEP_SLACK = 0.01
+KEEP_SLACK = 0.009
 """`place_experts(keep=...)` may leave the highest load this share above that of a placement made anew."""
 
 
