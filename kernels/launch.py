@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -68,6 +68,7 @@ class Backend(Protocol):
 
 _backend: Backend | None = None
 _pick: Callable[[KernelSpec, Mapping[str, int]], Config] | None = None
+_around: Callable[[KernelSpec, Config], AbstractContextManager[None]] | None = None
 
 
 def runs_kernels(tensor: Tensor) -> bool:
@@ -102,6 +103,17 @@ def picking(choose: Callable[[KernelSpec, Mapping[str, int]], Config]) -> Iterat
         _pick = before
 
 
+@contextmanager
+def timing(around: Callable[[KernelSpec, Config], AbstractContextManager[None]]) -> Iterator[None]:
+    """Puts `around(spec, config)` around every launch, in the whole process."""
+    global _around
+    before, _around = _around, around
+    try:
+        yield
+    finally:
+        _around = before
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype, like: Tensor) -> Tensor:
     """Uninitialised memory on the device of `like`; in tests it is poisoned."""
     if _backend is not None and not like.is_cuda:
@@ -130,12 +142,14 @@ def launch(
     dimensions = _three(grid), _three(block)
     if 0 in dimensions[0]:
         return
-    defines = {**(spec.configs[0] if config is None else config), **(variant or {})}
-    if device_of.is_cuda:
-        _launch_cuda(spec, *dimensions, args, defines, shared_bytes, device_of.device)
-    else:
-        assert _backend is not None, "the caller asks runs_kernels() first"
-        _backend.launch(spec, *dimensions, args, defines, shared_bytes)
+    config = spec.configs[0] if config is None else config
+    defines = {**config, **(variant or {})}
+    with _around(spec, config) if _around else nullcontext():
+        if device_of.is_cuda:
+            _launch_cuda(spec, *dimensions, args, defines, shared_bytes, device_of.device)
+        else:
+            assert _backend is not None, "the caller asks runs_kernels() first"
+            _backend.launch(spec, *dimensions, args, defines, shared_bytes)
 
 
 def _three(size: int | tuple[int, ...]) -> tuple[int, int, int]:

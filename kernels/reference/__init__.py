@@ -18,6 +18,8 @@ from .routing import Gate as Gate
 from .routing import Rows as Rows
 from .routing import align as align
 from .routing import expert_load as expert_load
+from .routing import load_ema as load_ema
+from .routing import prob_sum as prob_sum
 from .routing import topk_gate as topk_gate
 from .rows import permute as permute
 from .rows import unpermute as unpermute
