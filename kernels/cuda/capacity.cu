@@ -13,6 +13,7 @@
 // propose: a warp per token, K <= 32; its pairs ask in turn, and no two of them the same expert.
 // accept: a block per expert; of its rows it takes the best scores, of equal ones the lower pairs: the score at the
 // limit is found by its bits, eight at a time, from counts. The only atomics count: their order can't be seen.
+// The 1 in the launch bounds keeps the compiler from spilling registers.
 #include "common.cuh"
 
 #ifndef BLOCK
@@ -28,7 +29,7 @@ static __device__ __forceinline__ unsigned order_of(float score) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
 capacity_propose(const float* scores_TE, const INDEX* wanted_TK, const long long* capacity_E, const long long* load_E,
                  const INDEX* ids_TK, INDEX* proposal_TK, long long T, long long E, long long K) {
   const int lane = threadIdx.x % WARP;
@@ -58,7 +59,7 @@ capacity_propose(const float* scores_TE, const INDEX* wanted_TK, const long long
   if (lane < K) proposal_TK[pair] = static_cast<INDEX>(proposal);
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
 capacity_accept(const float* scores_TE, const INDEX* pairs_P, const int* ends_E, const long long* capacity_E,
                 long long* load_E, INDEX* ids_TK, long long E, long long K) {
   __shared__ int count[256];
