@@ -25,8 +25,9 @@ def test_case(case: Case) -> None:
     for seed, size in enumerate(case.small):
         args = case.make(size, torch.Generator().manual_seed(seed))
         assert difference(case, case.run(*args), case.exact(*args)) == "", (size, "plain torch")
-        with backend(ShimBackend(seed)):
-            assert difference(case, case.run(*args), case.exact(*args)) == "", (size, "the kernel")
+        for races in (False, True):
+            with backend(ShimBackend(seed, races=races)):
+                assert difference(case, case.run(*args), case.exact(*args)) == "", (size, "the kernel")
         if case.eager and size == case.small[-1]:
             case.eager(*args)
         if case.moved_bytes:
