@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import checks, launch, reference
-from .leveling import NO_SLOT, SWEEPS
 from .launch import KernelSpec
+from .leveling import NO_SLOT, SWEEPS
 from .reference import Rows
 
 SPLIT = KernelSpec(source="replica_split.cu", name="replica_split", configs=({"BLOCK": 128}, {"BLOCK": 512}))
@@ -37,10 +37,10 @@ def replica_split(
 ) -> Tensor:
     """How many pairs each replica takes so that no rank has more to do than it must: int64 [L, E, R].
 
-    counts_LE: pairs of each expert, int64, >= 0. slots_LER: slots of its replicas, int64, NO_SLOT after the last one (one
-    at least); slot s is on rank s // slots_per_rank. Rows of the result sum to the counts. No rank gets more than it
-    would by an even split; see `leveling`. Raises ValueError before any launch for another dtype, shape or device, or
-    more experts, ranks or replicas than the kernel has room for.
+    counts_LE: pairs of each expert, int64, >= 0. slots_LER: slots of its replicas, int64, NO_SLOT after the last one
+    (one at least); slot s is on rank s // slots_per_rank. Rows of the result sum to the counts. No rank gets more than
+    it would by an even split; see `leveling`. Raises ValueError before any launch for another dtype, shape or device,
+    or more experts, ranks or replicas than the kernel has room for.
     """
     op = "replica_split"
     checks.require_dtype(op, "counts_LE", counts_LE, torch.int64)
@@ -69,8 +69,9 @@ def replica_dispatch(ids_TK: Tensor, rows: Rows, slots_ER: Tensor, quota_ER: Ten
     """The slot of each (token, choice) pair, shape and dtype of ids_TK (int32 or int64).
 
     `rows` are `align`'s for ids_TK, without padding. The pairs of an expert, in token order, fill its replicas one by
-    one as `quota_ER` says; what is beyond goes to the last one. A pair without a row gets NO_SLOT. slots_ER, quota_ER: int64 [E, R], a layer of
-    `replica_split`. Raises ValueError before any launch for another dtype, shape or device.
+    one as `quota_ER` says; what is beyond goes to the last one. A pair without a row gets NO_SLOT. slots_ER, quota_ER:
+    int64 [E, R], a layer of `replica_split`. Raises ValueError before any launch for another dtype, shape or device, or
+    padded rows.
     """
     op = "replica_dispatch"
     checks.require_dtype(op, "ids_TK", ids_TK, *INDEX)

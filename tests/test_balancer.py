@@ -90,7 +90,11 @@ async def test_a_new_incarnation_goes_on_with_the_placements_of_the_last():
 def test_a_run_reports_what_balancing_saves_and_outlives_the_balancer(tmp_path):
     with launch(tmp_path, {**BALANCED, "rl.steps": 30}) as job:
         job.wait_for_step(2)
-        for incarnation in (1, 2, 3):  # More often than its group may be restarted: it stays down, and nothing else does.
+        for incarnation in (
+            1,
+            2,
+            3,
+        ):  # More often than its group may be restarted: it stays down, and nothing else does.
             job.wait_for_event("actor_up", actor="balancer", incarnation=incarnation)
             job.kill("aside")
         assert job.finish() == 0, job.output + job.errors

@@ -3,7 +3,7 @@
     a step's load --> what the ranks had to do, as placed before it --> what may be expected --> new placements?
 
 A layer's replicas move if, over the steps that a placement may be expected to hold, the busiest rank saves more work
-than it takes to copy the experts. Replicas count at their best division (`level_split`), for that is made anew for every
+than it takes to copy the experts. Replicas count at their best division (`level_split`), which is made anew for each
 batch. Knows nothing of actors, or of how weights are moved.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...kernels.placement import Placement, place_experts
-from .monitor import Counts, Loads, LoadMonitor
+from .monitor import Counts, LoadMonitor, Loads
 
 
 @dataclass(frozen=True, kw_only=True)

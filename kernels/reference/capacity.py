@@ -25,11 +25,11 @@ class Redirect(NamedTuple):
 def capacity_redirect(ids_TK: Tensor, scores_TE: Tensor, capacity_E: Tensor, *, rounds: int = 4) -> Redirect:
     """Moves what is beyond capacity_E, in rounds; integers, the same on every machine.
 
-    First each expert takes the pairs that chose it, then in each of `rounds` those that were sent on to it, as far as it
-    has room: the best scores first, of equal ones the lower pairs (token, then choice). What it has taken stays. A pair
-    without an expert asks, of the experts that have room and no other pair of its token, the one with the token's best
-    score, of equal ones the lowest; pairs of a token ask in turn, never two the same. Who has none after the last round
-    is dropped. NaN scores count as -inf.
+    First each expert takes the pairs that chose it, then in each of `rounds` those that were sent on to it, as far as
+    it has room: the best scores first, of equal ones the lower pairs (token, then choice). What it has taken stays. A
+    pair without an expert asks, of the experts that have room and no other pair of its token, the one with the token's
+    best score, of equal ones the lowest; pairs of a token ask in turn, never two the same. Who has none after the last
+    round is dropped. NaN scores count as -inf.
     """
     num_experts, num_pairs = scores_TE.shape[1], ids_TK.numel()
     scores = torch.where(scores_TE.isnan(), -torch.inf, scores_TE) + 0.0

@@ -1,8 +1,9 @@
 """Balance of expert parallelism: the busiest rank over the mean, as placed and split, against EPLB and the optimum.
 
-128 experts in 144 slots of 8 ranks, 32,768 (token, choice) pairs a batch. Popularities are lognormal (sigma 1) and drift
-by an AR(1) process, by 0, 0.05 or 0.15 of a log unit a batch. Before each batch the experts are placed by a mean of the
-batches so far (each weighs 0.5 of the next one); nothing of the batch itself is known. Then its pairs are divided.
+128 experts in 144 slots of 8 ranks, 32,768 (token, choice) pairs a batch. Popularities are lognormal (sigma 1) and
+drift by an AR(1) process, by 0, 0.05 or 0.15 of a log unit a batch. Before each batch the experts are placed by a mean
+of the batches so far (each weighs 0.5 of the next one); nothing of the batch itself is known. Then its pairs are
+divided.
 
 none    experts in order, no replicas            eplb   EPLB's placement, replicas share alike
 placed  place_experts, then level_split          kept   the same with the placement before kept as far as it is good
@@ -58,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace, say: Say) -> Figures:
     """All figures. Raises BenchmarkError if there are too few batches for a placement and a move."""
     if options.batches < 3 or options.seeds < 1:
-        raise BenchmarkError(f"--batches must be 3 or more and --seeds 1 or more, got {options.batches}, {options.seeds}")
+        raise BenchmarkError(
+            f"--batches must be 3 or more and --seeds 1 or more, got {options.batches}, {options.seeds}"
+        )
     figures: dict[str, float | None] = {}
     seen: dict[str, list[float]] = defaultdict(list)
     for drift in DRIFTS:
