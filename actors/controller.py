@@ -24,7 +24,16 @@ from typing import Any
 
 from ..runtime import Actor, Lane, Ref, message, timeout
 from ..runtime.codec import dumps
-from ..runtime.errors import ActorDied, CorruptWeights, DeadlineExceeded, RemoteError, StaleIncarnation, UnknownMessage
+from ..runtime.errors import (
+    ActorDied,
+    CorruptWeights,
+    DeadlineExceeded,
+    RemoteError,
+    RuntimeFault,
+    StaleIncarnation,
+    UnknownActor,
+    UnknownMessage,
+)
 from ..runtime.pool import Entry, Lease
 from ..runtime.rundir import RunSpec
 from .algorithms import Algorithm, Batch, Metrics
@@ -54,6 +63,9 @@ STATS_S = 2.0
 
 TRAINER = "trainer"
 """Holder of the leases."""
+
+BALANCE_S = 0.5
+"""Longest wait for the balancer, which nothing depends on."""
 
 NOTHING = -1
 """Version of a rollout worker that holds no weights."""
@@ -88,6 +100,7 @@ class Controller(Actor):
         self.telemetry = Telemetry(self.run.path, self.state.stage, self.state.step, self.state.telemetry)
         self.telemetry.begin(self.steps.get(self.state.stage, self.rl.steps))
         self._rollout_holds = NOTHING
+        self._unbalanced = False
         if self._pool_state is not None:
             self.log("resumed", stage=self.state.stage, step=self.state.step)
         self._arming = asyncio.Lock()
@@ -352,6 +365,8 @@ class Controller(Actor):
         )
         step, version = self.state.step, self.state.version
         stage, counts = self.state.stage, self.ledger.counts
+        if stage == "rl":
+            metrics = metrics | await self._balance(step)
         row = self.telemetry.stream_step(stage, step, version, metrics, batch, staleness, rollout, counts)
         return {**row, **self.telemetry.verified(verifier), **self.questions.metrics()}
 
@@ -360,6 +375,20 @@ class Controller(Actor):
             async with timeout(STATS_S):
                 return dict(await actor.stats())
         return {}
+
+    async def _balance(self, step: int) -> dict[str, float]:
+        """What the balancer says of a step; nothing if there is none, or it fails: nothing else depends on it."""
+        balanced: dict[str, float] = {}
+        try:
+            async with timeout(BALANCE_S):
+                balanced = await self.find("balancer").balance(step)
+        except UnknownActor:
+            pass
+        except (RuntimeFault, TimeoutError) as error:
+            if not self._unbalanced:
+                self.log("balancer_failed", step=step, reason=str(error))
+            self._unbalanced = True
+        return balanced
 
     def _enter_next(self) -> None:
         """Goes on to the next stage that has steps left, if this one has none."""
