@@ -1,8 +1,8 @@
 """Batches as plain values: counted, cut and joined along their first dimension.
 
 A batch is an array, a list, or a dict or dataclass of such: sample i is element i of each. What else is in it (numbers,
-texts, None, tuples, arrays without dimensions) belongs to the batch as a whole and goes with every part. Parts of arrays
-are views. Knows nothing of ranks.
+texts, None, tuples, arrays without dimensions) belongs to the batch as a whole and goes with every part. Parts of
+arrays are views. Knows nothing of ranks.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .actor import Actor
 from .launcher import NodeSpec
-from .layout import Layout
+from .layout import ONE
 from .rundir import RunSpec
 from .strategy import ROOT_GROUP, Strategy
 from .supervisor import RestartPolicy
@@ -120,7 +120,7 @@ class ClusterSpec:
 
 _POLICY_KEYS = tuple(f.name for f in fields(RestartPolicy))
 _ACTOR_KEYS = ("class", "node", "group", "ranks", *_POLICY_KEYS)
-_OF_RANKS: dict[str, Any] = {"rank": 0, "layout": Layout()}
+_OF_RANKS: dict[str, Any] = {"rank": 0, "layout": ONE}
 """Fields of a Worker that say which rank it is: nobody writes them down."""
 
 

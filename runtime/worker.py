@@ -17,13 +17,16 @@ from typing import Any, ClassVar
 from .actor import Actor, message
 from .batches import count, join, nbytes
 from .batches import part as cut
-from .errors import BatchGone, BatchesFull
-from .layout import Layout
+from .errors import BatchesFull, BatchGone
+from .layout import ONE, Layout
 from .mailbox import Lane
 from .remote_batch import RemoteBatch, RemotePart
 
 ANSWER, DROP = "", "-"
 """Keys of `run_method` for a result that is to be answered, and for one that nobody needs."""
+
+ALIKE = (ValueError, ArithmeticError)
+"""Errors that come of what all ranks were given: all raise them, and are left in the same state."""
 
 LONGEST_S = 3600.0
 """A call of `run_method` comes with the deadline of the method."""
@@ -38,11 +41,14 @@ class Worker(Actor):
 
     rank: int = 0
     """Its number in the group."""
-    layout: Layout = Layout()
+    layout: Layout = ONE
     """How the ranks are arranged."""
 
     async def together(
-        self, function: Callable[..., Any], *args: Any, alike: tuple[type[Exception], ...] = (ValueError, ArithmeticError)
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        alike: tuple[type[Exception], ...] = ALIKE,
     ) -> Any:
         """Runs on the actor's own thread what the ranks of a group compute together, and returns its result.
 
@@ -99,8 +105,8 @@ class Worker(Actor):
         held = sum(map(nbytes, self._kept().values()))
         if held + size > self.max_kept_bytes:
             raise BatchesFull(
-                f"{self.name} keeps {held} bytes for others, {size} more would pass its bound of {self.max_kept_bytes}; "
-                "release batches that are not needed any more"
+                f"{self.name} keeps {held} bytes for others, {size} more would pass its bound of "
+                f"{self.max_kept_bytes}; release batches that are not needed any more"
             )
         self._kept()[key] = result
         return [samples, size]

@@ -23,8 +23,6 @@ from .deadline import current_scope, deadline_of_call, timeout
 from .dispatch import Arguments, Protocol
 from .errors import ActorDied, BadSample, RankError, RemoteError, RuntimeFault
 from .layout import Layout
-from .nodes import ROOT
-from .ref import Ref
 from .remote_batch import RemoteBatch, RemotePart
 from .supervisor import RestartPolicy
 from .worker import ANSWER, DROP, Worker, fetch
@@ -68,9 +66,7 @@ class WorkerGroup:
         homes = [f"{name}-{rank}" for rank in range(layout.size)] if nodes is None else nodes
         gang = system.group(name, strategy="one_for_all", policy=policy)
         ranks = [replace(worker, rank=rank, layout=layout) for rank in range(layout.size)]
-        spawning = [
-            gang.spawn(rank, name=own, node=home) for rank, own, home in zip(ranks, names, homes, strict=True)
-        ]
+        spawning = [gang.spawn(rank, name=own, node=home) for rank, own, home in zip(ranks, names, homes, strict=True)]
         await asyncio.gather(*spawning)
         return cls(system.node, type(worker), names, layout)
 

@@ -93,7 +93,7 @@ def test_parts_of_arrays_are_views() -> None:
 
 
 def test_what_is_no_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match="argument 0, y has 2 samples|argument 0, x has 3 samples, argument 0, y has 2"):
+    with pytest.raises(ValueError, match="argument 0, x has 3 samples, argument 0, y has 2"):
         split(Arguments(({"x": [1, 2, 3], "y": np.zeros(2)},), {}), 2)
     with pytest.raises(ValueError, match="the batch is empty"):
         split(Arguments(([],), {}), 2)
@@ -183,7 +183,7 @@ async def test_an_error_names_the_rank_and_the_sample_as_the_caller_counts() -> 
         with pytest.raises(BadSample, match=r"sample 4: -5 is negative \(found by rank 2 of ranks") as bad:
             await group.picky([1, 2, 3, 4, -5])
         assert bad.value.index == 4
-        with pytest.raises(RankError, match="rank 1 of ranks .*thirteen") as raised:
+        with pytest.raises(RankError, match=r"rank 1 of ranks .*thirteen") as raised:
             await group.picky([1, 2, 13, 4, 5])
         assert raised.value.rank == 1 and raised.value.remote_type == "ArithmeticError"
         assert isinstance(raised.value, RemoteError)
@@ -201,7 +201,7 @@ async def test_deadline_and_cancellation_reach_every_rank() -> None:
         refs = [group._node.ref(name) for name in group.names]
 
         async def waiting(wanted: int) -> None:
-            while [await ref.num_waiting() for ref in refs] != [wanted, wanted]:
+            while [await ref.num_waiting() for ref in refs] != [wanted, wanted]:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
         with pytest.raises(DeadlineExceeded, match="rank 0"):
@@ -225,7 +225,7 @@ async def test_a_rank_is_killed_and_the_gang_restarts_as_one() -> None:
         call = group.hang([1, 2])
         await asyncio.sleep(0.05)
         os.kill(pids[1], signal.SIGKILL)
-        with pytest.raises(ActorDied, match="rank [01] of ranks"):
+        with pytest.raises(ActorDied, match=r"rank [01] of ranks"):
             await call
         async with timeout(30):
             while True:

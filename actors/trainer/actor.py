@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Trainer(Worker):
-    """One rank of the trainer, or all of it. Its torch runs on the actor's own thread, so the node answers while a step computes."""
+    """One rank of the trainer, or all of it. Its torch runs on the actor's own thread, so its node answers."""
 
     run: RunSpec
     model: ModelConfig

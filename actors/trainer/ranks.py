@@ -133,7 +133,7 @@ class Gang(Ranks):
 
 
 def join_ranks(worker: Worker, run: Path, model: ModelConfig) -> Ranks:
-    """Those of a worker's group, in this epoch of it: called as the worker starts, the first rank's before the others'."""
+    """The ranks of a worker's group, in this epoch. Called as it starts: by the first rank before the others."""
     if worker.layout.size == 1:
         return ALONE
     meeting = run / "ranks" / f"{worker.name.partition('/')[0]}-{worker.epoch}"
