@@ -151,6 +151,24 @@ def test_the_critic_may_be_killed_in_its_pretraining_and_in_rl(tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_ppo_needs_no_groups_and_grpo_no_critic(tmp_path: Path) -> None:
+    """The special cases, as jobs: PPO on single responses, GRPO on the default cluster."""
+    before, _, after = VAPO.read_text().partition("\n[algorithm]\n")
+    cluster = tmp_path / "ppo.toml"
+    cluster.write_text(f"{before}\n[critic]\n{after.partition('[critic]')[2]}")
+    single = {"rl.algorithm": "ppo", "rl.group_size": 1, "rl.min_group_size": 1, "rl.steps": 4}
+    with launch(tmp_path, single, cluster=cluster) as job:
+        assert job.finish() == 0, job.errors
+    check_critic(job, 0, 4)
+    assert {row["responses"] for row in job.rows()} == {4}
+    with launch(tmp_path, {"rl.algorithm": "grpo", "run.name": "tiny2"}) as job:
+        job.run = tmp_path / "runs" / "tiny2"
+        assert job.finish() == 0, job.errors
+    check_rows(job, 6)
+    assert job.rows()[-1]["filtered_groups"] == 0
+
+
+@pytest.mark.slow
 def test_a_run_that_is_killed_whole_resumes_its_value_pretraining(tmp_path: Path) -> None:
     settings = TINY | {"algorithm.value_pretraining": 20, "rl.checkpoint_every": 4}
     with launch(tmp_path, settings, cluster=VAPO) as job:
