@@ -125,7 +125,7 @@ def check_critic(job: Launch, value_steps: int, steps: int) -> None:
     check_rows(job, steps)
     value = job.rows("value")
     assert [row["step"] for row in value] == list(range(1, value_steps + 1))
-    assert {row["version"] for row in value} == {1}, "the policy is fixed"
+    assert {row["version"] for row in value} <= {1}, "the policy is fixed"
     for row in value + job.rows():
         assert row["value_loss"] >= 0 and row["explained_variance"] <= 1
     assert job.rows()[-1]["filtered_groups"] == 0, "VAPO keeps every group"
