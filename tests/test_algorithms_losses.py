@@ -1,4 +1,4 @@
-"""Advantages and loss against the formulas of the paper, written out as loops."""
+"""Losses against the formulas of the papers, written out as loops; their gradients; how they add up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from headrace.actors.algorithms.advantages import standard_scores
 from headrace.actors.algorithms.groups import has_signal, judged
-from headrace.actors.algorithms.losses import policy_loss
+from headrace.actors.algorithms.losses import imitation_loss, own_loss, policy_loss, value_loss
 from headrace.actors.algorithms.updates import Objective
 from headrace.actors.types import Group, Prompt, Segment, Trajectory, Verdict
 
@@ -127,3 +127,47 @@ def test_the_parts_of_a_batch_add_up() -> None:
 def test_a_stray_token_cannot_overflow() -> None:
     result = policy_loss(torch.zeros(1), torch.tensor([-1e4]), torch.tensor([-1.0]), CLIP, total=1)
     assert result.loss.isfinite() and result.kl_sum.isfinite()
+
+
+def test_the_mean_over_responses_weighs_each_response_alike() -> None:
+    """A response of one token and one of three, at ratio 1: the mean of their advantages, not of their tokens'."""
+    old = torch.zeros(4)
+    advantage = torch.tensor([2.0, -1.0, -1.0, -1.0])
+    weight = torch.tensor([1.0, 1 / 3, 1 / 3, 1 / 3])
+    by_response = policy_loss(old, old, advantage, CLIP, total=2, weight=weight).loss
+    by_token = policy_loss(old, old, advantage, CLIP, total=4).loss
+    assert float(by_response) == pytest.approx(-(2 - 1) / 2) and float(by_token) == pytest.approx(-(2 - 3) / 4)
+
+
+def test_tokens_of_weight_zero_have_no_gradient() -> None:
+    new = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    loss = policy_loss(new, torch.zeros(3) - 2, torch.ones(3), CLIP, total=2, weight=torch.tensor([1.0, 0, 1])).loss
+    (gradient,) = torch.autograd.grad(loss, new)
+    assert gradient[1] == 0 and gradient[2] != 0
+
+
+def test_imitation_is_of_the_correct_responses_alone() -> None:
+    logprobs = torch.tensor([-1.0, -2.0, -4.0], dtype=torch.float64, requires_grad=True)
+    positive = torch.tensor([True, False, True])
+    loss = imitation_loss(logprobs, positive, num_positive=10)
+    assert loss.item() == pytest.approx(0.5)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert gradient.tolist() == [-0.1, 0, -0.1]
+    assert torch.autograd.gradcheck(lambda x: imitation_loss(x, positive, num_positive=10), (logprobs,))
+    assert imitation_loss(logprobs, torch.zeros(3, dtype=torch.bool), num_positive=0).item() == 0
+
+
+def test_the_value_loss_is_half_the_squared_error_over_all_tokens() -> None:
+    values = torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    returns = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
+    assert value_loss(values, returns, num_tokens=5).item() == pytest.approx((1 + 0 + 9) / 2 / 5)
+    assert torch.autograd.gradcheck(lambda x: value_loss(x, returns, num_tokens=5), (values,))
+
+
+def test_a_loss_of_the_users_own_is_found_or_refused() -> None:
+    assert own_loss("math:fsum") is math.fsum
+    for path, why in (("math:fsun", "has no attribute"), ("no_such_module:f", "No module named"), ("math", "Empty")):
+        with pytest.raises(ValueError, match=f'the loss "{path}" can.t be loaded: .*{why}|the loss "{path}" can'):
+            own_loss(path)
+    with pytest.raises(ValueError, match="the loss math:pi is a float, must be a function"):
+        own_loss("math:pi")

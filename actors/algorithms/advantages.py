@@ -67,19 +67,21 @@ def gae(
     [R]. Where a mask [n] is 0, a token is not the policy's (an observation): the value and the running sum of what
     comes after pass through it unchanged. Returns R float32 arrays [n], computed in float64.
     """
-    lambdas = np.broadcast_to(np.asarray(lambdas, np.float64), (len(rewards),))
-    result: Tokens = [np.zeros(0, np.float32)] * len(rewards)
-    for chunk in _chunks([len(row) for row in rewards]):
-        r, v = (_padded([rows[i] for i in chunk], np.float64) for rows in (rewards, values))
-        own = _padded([np.ones(len(rewards[i])) if masks is None else masks[i] for i in chunk], np.bool_)
-        advantages, running, following = np.zeros_like(r), np.zeros(len(chunk)), np.zeros(len(chunk))
-        for t in range(r.shape[1] - 1, -1, -1):
-            delta = r[:, t] + gamma * following - v[:, t]
-            running = np.where(own[:, t], delta + gamma * lambdas[chunk] * running, running)
-            following = np.where(own[:, t], v[:, t], following)
-            advantages[:, t] = running
-        for row, i in zip(advantages, chunk, strict=True):
-            result[i] = row[: len(rewards[i])].astype(np.float32)
+    decay = gamma * np.broadcast_to(np.asarray(lambdas, np.float64), (len(rewards),))
+    own = [np.arange(len(row)) for row in rewards] if masks is None else [np.flatnonzero(mask) for mask in masks]
+    result: Tokens = [np.zeros(len(row), np.float32) for row in rewards]
+    for chunk in _chunks([len(at) for at in own]):
+        table: np.ndarray = np.zeros((len(own[chunk[0]]), len(chunk)))
+        for column, i in enumerate(chunk):
+            r, v = (np.asarray(rows[i], np.float64)[own[i]] for rows in (rewards, values))
+            table[: len(r), column] = r - v
+            table[: len(v[1:]), column] += gamma * v[1:]
+        decays = decay[chunk]
+        for t in range(len(table) - 2, -1, -1):
+            table[t] += decays * table[t + 1]
+        for column, i in enumerate(chunk):
+            following = np.searchsorted(own[i], np.arange(len(rewards[i])))
+            result[i][:] = np.append(table[: len(own[i]), column], 0.0)[following]
     return result
 
 
@@ -107,7 +109,7 @@ def explained_variance(returns: Sequence[np.ndarray], values: Sequence[np.ndarra
 
 
 def _chunks(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of responses of like length, so many that their padded table is small."""
+    """Indices of responses of like length, longest first, so many that their padded table is small."""
     chunk: list[int] = []
     for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         if chunk and lengths[chunk[0]] * (len(chunk) + 1) > _CHUNK_CELLS:
@@ -116,11 +118,3 @@ def _chunks(lengths: Sequence[int]) -> Iterator[list[int]]:
         chunk.append(i)
     if chunk:
         yield chunk
-
-
-def _padded(rows: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-    """[R, longest], zero (or False) after the end of each row."""
-    table: np.ndarray = np.zeros((len(rows), max(map(len, rows))), dtype)
-    for line, row in zip(table, rows, strict=True):
-        line[: len(row)] = row
-    return table
