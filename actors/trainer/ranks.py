@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import FileStore
 
 from ...runtime.worker import Worker
 from ..model.config import ModelConfig
@@ -89,7 +90,7 @@ class Gang(Ranks):
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         rows = self._gathered(values)
-        total = rows[0].copy()
+        total: np.ndarray = rows[0].copy()
         for row in rows[1:]:
             total += row
         return total
@@ -107,7 +108,8 @@ class Gang(Ranks):
         own = torch.from_numpy(np.ascontiguousarray(values, np.float64))
         rows = [torch.empty_like(own) for _ in range(self.size)]
         self._guarded(lambda group: dist.all_gather(rows, own, group=group))
-        return torch.stack(rows).numpy()
+        gathered: np.ndarray = torch.stack(rows).numpy()
+        return gathered
 
     def _guarded(self, work: Callable[[dist.ProcessGroup], Any]) -> Any:
         try:
@@ -122,7 +124,7 @@ class Gang(Ranks):
             self._meeting.parent.mkdir(parents=True, exist_ok=True)
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(str(self._meeting), self.size),
+                store=FileStore(str(self._meeting), self.size),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=self._patience,
