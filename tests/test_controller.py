@@ -621,7 +621,5 @@ async def test_a_step_that_updates_the_policy_twice_is_refused(world: World) -> 
     policies = {"controller": RestartPolicy(max_restarts=1, backoff_s=0.01)}
     async with running(policies, algorithm=wire(Twice)()) as system:
         async with asyncio.timeout(20):
-            with pytest.raises(
-                RestartBudgetExceeded, match=r"called policy.update 2 times in a step"
-            ):
+            with pytest.raises(RestartBudgetExceeded, match=r"called policy.update 2 times in a step"):
                 await system.failed
