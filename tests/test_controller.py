@@ -267,7 +267,7 @@ class OneSize(Controller):
 
     async def start(self) -> None:
         await super().start()
-        self.adaptation.choose = lambda ordinal: 3  # type: ignore[method-assign]
+        self.questions.prompt = lambda ordinal: TASK.prompts(0, np.array([ordinal]), np.array([3]))[0]
 
 
 @asynccontextmanager
