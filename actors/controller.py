@@ -85,8 +85,8 @@ class Controller(Actor):
     async def start(self) -> None:
         """Takes up the state of the newest checkpoint. Raises ValueError or FileNotFoundError if it is damaged."""
         self.state, self._pool_state = load_state(self.run.path)
-        self.trainer = DurableTrainer(self.workers("trainer", Trainer), self.state)
-        self.critic = DurableCritic(self.workers("critic", Critic), self.state)
+        self.trainer = DurableTrainer(self.worker_group("trainer", Trainer), self.state)
+        self.critic = DurableCritic(self.worker_group("critic", Critic), self.state)
         roles = {"policy": self.trainer, "critic": self.critic}
         self.roles = {name: roles[name] for name in roles_of(self.algorithm.step)}
         self.steps = {"sft": self.sft.steps, "value": self.algorithm.value_steps, "rl": self.rl.steps}

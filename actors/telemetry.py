@@ -17,7 +17,7 @@ import numpy as np
 
 from .evaluator import Evaluation
 from .evaluator.actor import CANDIDATES
-from .report import MetricsWriter, Row, rewind_metrics
+from .report import STAGES, MetricsWriter, Row, rewind_metrics
 from .types import Group
 from .verifier.metrics import COUNTS
 
@@ -270,7 +270,7 @@ class Telemetry:
         seconds = dict(self.stages)
         if self._reason is None and self.stage in seconds:
             seconds[self.stage] += time.monotonic() - self._stage_started
-        return seconds
+        return {stage: seconds[stage] for stage in STAGES if stage in seconds}
 
     def _since_last(self, rollout: dict[str, Any]) -> tuple[float, float, float]:
         """Tokens, decode steps and busy seconds since the previous step; a restarted worker counts from zero."""

@@ -265,7 +265,9 @@ async def _spawn(group: System | ActorGroup, spec: ActorSpec) -> None:
 
 def _position(row: dict[str, Any]) -> tuple[int, int]:
     """Rows of a run in order."""
-    return int(row["stage"] == "rl"), row["step"]
+    from .actors.report import STAGES
+
+    return STAGES.index(row["stage"]), row["step"]
 
 
 def _restarts(events: Path) -> dict[str, int]:

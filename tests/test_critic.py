@@ -125,7 +125,7 @@ def check_critic(job: Launch, value_steps: int, steps: int) -> None:
     check_rows(job, steps)
     value = job.rows("value")
     assert [row["step"] for row in value] == list(range(1, value_steps + 1))
-    assert {row["version"] for row in value} == {1}, "the policy is fixed"
+    assert {row["version"] for row in value} <= {1}, "the policy is fixed"
     for row in value + job.rows():
         assert row["value_loss"] >= 0 and row["explained_variance"] <= 1
     assert job.rows()[-1]["filtered_groups"] == 0, "VAPO keeps every group"
@@ -148,6 +148,24 @@ def test_the_critic_may_be_killed_in_its_pretraining_and_in_rl(tmp_path: Path) -
     check_critic(job, 6, 30)
     assert job.summary["restarts"] == {"critic": 3, "trainer": 2, "rollout": 1, "verifier": 1, "reward": 1}
     assert sorted(path.name for path in (job.run / "checkpoints").iterdir() if path.suffix == ".new") == []
+
+
+@pytest.mark.slow
+def test_ppo_needs_no_groups_and_grpo_no_critic(tmp_path: Path) -> None:
+    """The special cases, as jobs: PPO on single responses, GRPO on the default cluster."""
+    before, _, after = VAPO.read_text().partition("\n[algorithm]\n")
+    cluster = tmp_path / "ppo.toml"
+    cluster.write_text(f"{before}\n[critic]\n{after.partition('[critic]')[2]}")
+    single = {"rl.algorithm": "ppo", "rl.group_size": 1, "rl.min_group_size": 1, "rl.steps": 4}
+    with launch(tmp_path, single, cluster=cluster) as job:
+        assert job.finish() == 0, job.errors
+    check_critic(job, 0, 4)
+    assert {row["responses"] for row in job.rows()} == {4}
+    with launch(tmp_path, {"rl.algorithm": "grpo", "run.name": "tiny2"}) as job:
+        job.run = tmp_path / "runs" / "tiny2"
+        assert job.finish() == 0, job.errors
+    check_rows(job, 6)
+    assert job.rows()[-1]["filtered_groups"] == 0
 
 
 @pytest.mark.slow

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from test_checkpoint import MODEL, RL, SFT, TASK, assert_same, state_of, update
 from tiny_job import check_rows, launch
+from worker_actors import LonelyError
 
+from headrace.actors.algorithms import Batch
 from headrace.actors.patience import patiently
 from headrace.actors.run_state import RunState, latest_checkpoint
 from headrace.actors.trainer import Trainer, checkpoint
@@ -112,10 +114,25 @@ async def test_a_rank_that_is_killed_in_the_middle_of_a_step_leads_to_the_same_b
     assert_same(written(tmp_path, "disturbed"), expected)
 
 
+async def test_a_rank_that_fails_alone_takes_the_others_with_it_and_no_bit_is_lost(tmp_path: Path) -> None:
+    fields = {f.name: getattr(trainer_of(tmp_path, "disturbed"), f.name) for f in dataclasses.fields(Trainer)}
+    fragile = LonelyError(**fields, flag=str(tmp_path / "failed"))
+    finals = []
+    for name, trainer in (("undisturbed", trainer_of(tmp_path, "undisturbed")), ("disturbed", fragile)):
+        async with System() as system:
+            durable = DurableTrainer(await gang_of(system, trainer), RunState())
+            await durable.warm_up(SFT.steps)
+            for step in range(1, 4):
+                await _train(durable, step)
+            await durable.checkpoint("last", {}, {})
+            finals.append((written(tmp_path, name), dict(system.restarts)))
+    (expected, none), (ours, restarts) = finals
+    assert none == {} and restarts.keys() == {"trainer", "trainer/1"}
+    assert_same(ours, expected)
+
+
 async def _train(durable: DurableTrainer, step: int) -> Any:
     given = update(step)
-    from headrace.actors.algorithms import Batch
-
     return await durable.update(Batch(given.groups), given.advantages, given.objective)
 
 

@@ -237,3 +237,23 @@ async def test_a_rank_is_killed_and_the_gang_restarts_as_one() -> None:
         with pytest.raises(BatchGone):
             await group.fetch(kept)
         assert await group.picky([3, 4, 5]) == [3, 4, 5]
+
+
+async def test_large_arrays_are_lent_and_given_back() -> None:
+    """Cut, sent, answered, joined and kept by shared memory, wherever they were made."""
+    async with ranks(Layout(3)) as group:
+        node = group._node
+        rows = node.empty((3000, 64), np.float64)  # 1.5 MB: 512 KB for each rank
+        rows[:] = np.arange(rows.size).reshape(rows.shape)
+        more = np.ones_like(rows)
+        for _ in range(3):
+            out = await group.add(rows, more)
+            assert np.array_equal(out, rows + 1)
+            kept = await group.add.keep(out, more)
+            there = await group.fetch(kept)
+            assert np.array_equal(there, rows + 2)
+            await group.release(kept)
+        del out, there
+        async with timeout(10):
+            while node.lending.arena.in_use()["leases"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # The ranks have answered, and are about to drop what they were given.

@@ -47,7 +47,7 @@ class Launch:
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "headrace", "launch", str(cluster), "--plain", *sets, *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, "TMPDIR": str(self.scratch), "PYTHONPATH": str(Path(__file__).parent)},
+            env={**os.environ, "TMPDIR": str(self.scratch), "PYTHONPATH": f"{Path(__file__).parent}:{tmp}"},
         )  # fmt: skip
         self.begun = time.time()
         self.output = self.errors = ""

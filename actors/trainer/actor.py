@@ -106,7 +106,7 @@ class Trainer(Worker):
         """A checksum of the weights: the same on all ranks."""
         checksum = 0
         for array in self._learner.weights().values():
-            checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+            checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
         return checksum
 
     @dispatch(SPMD)
