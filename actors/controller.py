@@ -3,7 +3,7 @@
     prompts -> rollout (newest version) -> verifier -> reward -> sample pool -> trainer
        ^          ^   partial answers go on, whatever died     |                  |
        |          '------------- weights of version v+1 <------|------------------'
-       '---------- adaptation: sizes that still teach <--------'
+       '---------- questions that still teach <-------------'
 
 Everything heavy is an actor. The controller holds the run's state and nobody else does: each of the others may be
 killed at any moment. A rollout worker that comes back is given the newest weights and goes on with the answers it had
@@ -22,18 +22,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from ..runtime import Actor, Lane, message, timeout
+from ..runtime import Actor, Lane, Ref, message, timeout
 from ..runtime.codec import dumps
-from ..runtime.errors import ActorDied, CorruptWeights, DeadlineExceeded, RemoteError, StaleIncarnation
+from ..runtime.errors import ActorDied, CorruptWeights, DeadlineExceeded, RemoteError, StaleIncarnation, UnknownMessage
 from ..runtime.pool import Entry, Lease
 from ..runtime.rundir import RunSpec
 from .algorithms import Algorithm, Batch, Metrics
 from .algorithms.groups import has_signal
 from .algorithms.load import needs_critic, roles_of
-from .data.adaptation import Adaptation
-from .data.running_sum import RunningSum
+from .data.task import Task
 from .evaluator import Evaluation
 from .evaluator.settings import EvaluationSettings
 from .patience import patiently
@@ -67,7 +64,7 @@ class Controller(Actor):
     """Runs the job from its beginning, or from its last checkpoint, to its end."""
 
     run: RunSpec
-    task: RunningSum
+    task: Task
     sft: SftSettings
     rl: RlSettings
     algorithm: Algorithm
@@ -85,9 +82,9 @@ class Controller(Actor):
         self.verifier, self.reward, self.pool = self.find("verifier"), self.find("reward"), self.find("pool")
         self.stream = stream_policy(self.rl)
         self.ledger = Ledger.restore(self.state.ledger) if self.state.ledger else Ledger()
-        self.adaptation = Adaptation(sizes=self.task.sizes, prior=self.task.size_prior, seed=self.run.seed)
+        self.questions = self.task.questions(self.run.seed)
         if self.state.adaptation:
-            self.adaptation.load_state(self.state.adaptation)
+            self.questions.load_state(self.state.adaptation)
         self.telemetry = Telemetry(self.run.path, self.state.stage, self.state.step, self.state.telemetry)
         self.telemetry.begin(self.steps.get(self.state.stage, self.rl.steps))
         self._rollout_holds = NOTHING
@@ -237,9 +234,7 @@ class Controller(Actor):
     def _new_group(self) -> Group:
         ordinal = self.state.next_ordinal
         self.state.next_ordinal += 1
-        size = self.adaptation.choose(ordinal)
-        (prompt,) = self.task.prompts(self.run.seed, np.array([ordinal]), np.array([size]))
-        return self._group(prompt)
+        return self._group(self.questions.prompt(ordinal))
 
     def _group(self, prompt: Prompt) -> Group:
         return Group(prompt=prompt, trajectories=[Trajectory(member=m) for m in range(self.rl.group_size)])
@@ -251,7 +246,7 @@ class Controller(Actor):
         failure = await self._judge(group)
         if not failure:
             self.telemetry.judged(group)
-            self.adaptation.observe(group.prompt.size, mixed=has_signal(group))
+            self.questions.observe(group, mixed=has_signal(group))
         if not failure and (self.state.stage == "value" or self.algorithm.keeps(group)):
             started, num_tokens = group.oldest_version, group.num_tokens
             key = priority(started, [t.reward for t in group.trajectories], ordinal)
@@ -352,14 +347,19 @@ class Controller(Actor):
 
     async def _measure(self, metrics: dict[str, float], batch: list[Group], staleness: list[int]) -> Row:
         """The line of metrics of a step; what a dead worker can't say now is left out."""
-        rollout: dict[str, Any] = {}
-        if self._rollout_holds != NOTHING:
-            with suppress(ActorDied, TimeoutError):
-                async with timeout(STATS_S):
-                    rollout = await self.rollout.stats()
+        rollout, verifier = await asyncio.gather(
+            self._stats(self.rollout) if self._rollout_holds != NOTHING else _nothing(), self._stats(self.verifier)
+        )
         step, version = self.state.step, self.state.version
         stage, counts = self.state.stage, self.ledger.counts
-        return self.telemetry.stream_step(stage, step, version, metrics, batch, staleness, rollout, counts)
+        row = self.telemetry.stream_step(stage, step, version, metrics, batch, staleness, rollout, counts)
+        return {**row, **self.telemetry.verified(verifier), **self.questions.metrics()}
+
+    async def _stats(self, actor: Ref) -> dict[str, Any]:
+        with suppress(ActorDied, TimeoutError, UnknownMessage):
+            async with timeout(STATS_S):
+                return dict(await actor.stats())
+        return {}
 
     def _enter_next(self) -> None:
         """Goes on to the next stage that has steps left, if this one has none."""
@@ -378,7 +378,7 @@ class Controller(Actor):
         """Trainer, pool, half-written answers and counters of one moment, as one folder: all of it or nothing."""
         name = f"{self.state.stage}-{self.state.step:06d}"
         parts = await self.critic.checkpoint(name)
-        self.state.adaptation = self.adaptation.state()
+        self.state.adaptation = self.questions.state()
         self.state.ledger = self.ledger.snapshot()
         self.state.telemetry = self.telemetry.snapshot()
         # In this order: a group that enters the pool in between is in both, and the pool takes no id twice.
@@ -400,3 +400,7 @@ class Controller(Actor):
         """Streams what a screen shows, at most a few times a second; ends with the run."""
         async for update in self.telemetry.updates():
             yield update
+
+
+async def _nothing() -> dict[str, Any]:
+    return {}

@@ -77,8 +77,14 @@ def test_an_algorithm_that_updates_twice_in_a_step_ends_the_run_with_a_line(tmp_
         ("import no_such_thing\n", "[rl] algorithm: mistaken needs 'no_such_thing', which is not installed"),
         ("1 / 0\n", "[rl] algorithm: mistaken can't be imported: ZeroDivisionError: division by zero"),
         ("async def stepp(batch, *, policy): ...\n", 'mistaken has no step; did you mean "stepp"?'),
-        ("async def step(batch): ...\n", "step must be `async def step(self, batch, *, policy)`, got"),
-        ("def step(batch, *, policy): ...\n", "mistaken:step is a plain function; it must be `async def`"),
+        (
+            "async def step(batch): ...\n",
+            "step must be `async def` and take (batch, *, policy), got (batch)",
+        ),
+        (
+            "def step(batch, *, policy): ...\n",
+            "step must be `async def` and take (batch, *, policy), got a plain function",
+        ),
     ],
 )
 def test_check_says_what_is_wrong_in_a_line(source: str, expected: str, tmp_path: Path) -> None:

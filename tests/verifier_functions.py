@@ -82,3 +82,12 @@ async def later(question: str, reference: str, response: str) -> bool:
 
 
 NUMBER = 5
+
+
+def hang(question: str, reference: str, response: str) -> bool:
+    """Never answers and takes no hint, once the file that the reference would not name says so."""
+    if os.path.exists(os.environ.get("HEADRACE_TEST_HANG", "/")):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGPROF])
+        while True:
+            time.sleep(3600)
+    return judge(question, reference, response)

@@ -27,7 +27,7 @@ Loss = Callable[[Tensor, MicroBatch, Totals], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Updater:
-    """Updates `model` by `settings`, from a fresh optimizer on. Steps are counted by the caller: see `next_step`."""
+    """Updates `model` by `settings`, from a fresh optimizer on. The caller counts `step`: it may be several updates."""
 
     def __init__(self, model: Qwen3Moe, settings: UpdateSettings, schedule: Schedule, ranks: Ranks = ALONE) -> None:
         self.model = model
