@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -116,6 +117,12 @@ class WorkerGroup:
         local = self._node.transport.local
         return any(status is not None and status.node in local for status in map(self._node.directory.look, self.names))
 
+    def _forget(self, key: str) -> None:
+        """Ranks that keep their part of a call that has failed need not."""
+        for name in self.names:
+            with suppress(RuntimeFault):
+                self._node.cast(name, "forget_parts", ([key],), {})
+
     def _ask_for(self, part: RemotePart) -> Coroutine[Any, Any, Any]:
         return self._node.ref(part.owner).kept_part(part.key, part.start, part.stop)
 
@@ -175,10 +182,11 @@ class GroupMessage:
                 # A death explains what it made the others raise.
                 rank = min(failed, key=lambda r: (not isinstance(failed[r], ActorDied), r))
                 raise self._blame(rank, calls[rank], failed[rank]) from failed[rank]
-        finally:
-            for answer in ranks.values():
-                answer.cancel()
-            await asyncio.gather(*ranks.values(), return_exceptions=True)
+        except BaseException:
+            await _ended(ranks.values())
+            if key != ANSWER:
+                self._group._forget(key)
+            raise
         return await self._collected(collect, [ranks[rank].result() for rank in sources if rank in ranks], asked)
 
     async def _ask(self, rank: int, call: Arguments, key: str) -> Any:
@@ -229,6 +237,12 @@ class GroupMessage:
         if isinstance(error, RemoteError):
             return RankError(f"{where}: {error.args[0]}", error.remote_type, error.remote_traceback, rank)
         return type(error)(f"{where}: {error}")
+
+
+async def _ended(tasks: Collection[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def rank_names(name: str, size: int) -> list[str]:
