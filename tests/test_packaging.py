@@ -84,7 +84,9 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
     metadata = {name for name in names if ".dist-info/" in name}
-    assert names - metadata == {installed_path(path) for path in modules()} | {"headrace/py.typed"}
+    clusters = {installed_path(path.relative_to(ROOT)) for path in (ROOT / "bin" / "clusters").glob("*.toml")}
+    assert clusters
+    assert names - metadata == {installed_path(path) for path in modules()} | clusters | {"headrace/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
 
 
