@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from headrace.actors.job import load_job
 from headrace.actors.run_state import load_state
 
 TESTS = Path(__file__).parent
-HANG = "HEADRACE_TEST_HANG"
 HANGS = {
     "rl.steps": 200, "actors.verifier.class": "headrace.actors.verifier:TextVerifier",
     "actors.verifier.function": "verifier_functions:hang",
@@ -38,6 +38,7 @@ def check_verdicts(job: Launch) -> None:
     assert rows[-1]["verifier_correct"] > 0 and rows[-1]["verifier_incorrect"] > 0
 
 
+@pytest.mark.slow
 def test_verdicts_are_counted_over_the_deaths_of_the_verifier(tmp_path: Path) -> None:
     with launch(tmp_path, {"rl.steps": 20}) as job:
         job.wait_for_step(5)
@@ -103,16 +104,21 @@ def ended(job: Launch, flag: Path) -> None:
 @pytest.fixture
 def flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """While this file is there, verifier_functions.hang never answers, and takes no signal that can be refused."""
-    monkeypatch.setenv(HANG, str(tmp_path / "hang"))
+    monkeypatch.setenv("HEADRACE_TEST_HANG", str(tmp_path / "hang"))
     return tmp_path / "hang"
 
 
+def hanging(flag: Path) -> Callable[[], bool]:
+    return flag.with_name("hang.reached").exists
+
+
+@pytest.mark.slow
 def test_a_verifier_that_hangs_in_rl_does_not_keep_the_run_from_stopping(tmp_path: Path, flag: Path) -> None:
     with launch(tmp_path, HANGS) as job:
         job.wait_for_step(3)
         flag.touch()
         steps = len(job.rows())
-        job.wait("no more verdicts", lambda: len(processes_with(str(flag))) > 4)
+        job.wait("no more verdicts", hanging(flag))
         job.interrupt(signal.SIGTERM)
         ended(job, flag)
     assert len(job.rows()) >= steps
@@ -124,28 +130,25 @@ def test_a_verifier_that_hangs_in_rl_does_not_keep_the_run_from_stopping(tmp_pat
 def test_a_verifier_that_hangs_from_the_start_does_not_either(tmp_path: Path, flag: Path) -> None:
     flag.touch()
     with launch(tmp_path, HANGS) as job:
-        job.wait("a verdict is waited for", lambda: worker_runs(job))
+        job.wait("a verdict is waited for", hanging(flag))
         job.interrupt(signal.SIGTERM)
         ended(job, flag)
 
 
 @pytest.mark.slow
-def test_nor_in_an_evaluation_where_the_second_signal_stops_at_once(tmp_path: Path, flag: Path) -> None:
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]])
+def test_nor_in_an_evaluation(signals: list[signal.Signals], tmp_path: Path, flag: Path) -> None:
     with launch(tmp_path, HANGS) as job:
         job.wait_for_step(40, "sft")
         flag.touch()
-        job.wait("a verdict is waited for", lambda: worker_runs(job))
-        job.interrupt(signal.SIGINT)
-        job.interrupt(signal.SIGTERM)
+        job.wait("a verdict is waited for", hanging(flag))
+        for number in signals:
+            job.interrupt(number)
         ended(job, flag)
-
-
-def worker_runs(job: Launch) -> bool:
-    """Whether the verifier's node has started a worker."""
-    if not any(e["node"] == "verifier" for e in job.events("node_start")):
-        return False
-    tasks = Path(f"/proc/{job.pid('verifier')}/task")
-    return any((task / "children").read_text().strip() for task in tasks.iterdir()) if tasks.exists() else False
+    given_up = job.events("evaluation_given_up")
+    assert bool(given_up) is (len(signals) == 1)
+    if given_up:
+        assert "eval_version" not in job.rows("sft")[-1] and load_state(job.run)[0].stage == "rl"
 
 
 # What can't be imported
