@@ -61,6 +61,9 @@ LEASE_S = 600.0
 STATS_S = 2.0
 """Longest wait for numbers that are only shown."""
 
+DRAIN_S = 10.0
+"""How long a run that drains waits for an evaluation: a verifier that does not answer must not hold it up."""
+
 TRAINER = "trainer"
 """Holder of the leases."""
 
@@ -353,10 +356,24 @@ class Controller(Actor):
     # Measuring and keeping ----------------------------------------------------------------------------------
 
     async def _evaluate(self) -> Row:
-        """Scores the newest version on the fixed problems."""
+        """Scores the newest version on the fixed problems; {} if that does not end soon after the run is to drain."""
         await self._arm()
+        evaluation = asyncio.create_task(self._ask_evaluator(), name=f"{self.name}:evaluation")
+        drained = asyncio.create_task(self._draining.wait())
+        try:
+            await asyncio.wait({evaluation, drained}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({evaluation}, timeout=DRAIN_S)
+            if not evaluation.done():
+                self.log("evaluation_given_up", after_s=DRAIN_S)
+                return {}
+            return self.telemetry.evaluated(self.state.step, evaluation.result())
+        finally:
+            evaluation.cancel()
+            drained.cancel()
+
+    async def _ask_evaluator(self) -> Evaluation:
         evaluation: Evaluation = await patiently(self.evaluator.evaluate)
-        return self.telemetry.evaluated(self.state.step, evaluation)
+        return evaluation
 
     async def _measure(self, metrics: dict[str, float], batch: list[Group], staleness: list[int]) -> Row:
         """The line of metrics of a step; what a dead worker can't say now is left out."""

@@ -231,8 +231,8 @@ class MetricsWriter:
 
 
 def _documented(name: str) -> str:
-    family, slash, _ = name.partition("/")
-    return f"{family}/*" if slash else name
+    family, _, member = name.partition("/")
+    return f"{family}/*" if member else name
 
 
 def read_metrics(path: Path) -> list[Row]:
