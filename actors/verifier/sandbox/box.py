@@ -1,0 +1,207 @@
+"""One sandbox: started ahead, used for one run, ended.
+
+    await Box.start(...)          bubblewrap, and in it the keeper, which has said that it is ready
+    await box.run(order)          at most once; Outcome, or SandboxFailed
+    box.end()                     at any time: the namespace and all in it are killed
+
+What goes in and comes out are memory files and pipes whose descriptors are handed over the socket: input and output are
+not pumped, a flood ends at the size limit of a file, and what was written before a kill is there after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict
+
+from . import bubble, seccomp
+from .bubble import Isolation
+from .order import Order, Outcome, SandboxFailed
+
+START_S = 30.0
+"""Longest start, on a machine that may be busy."""
+
+SLACK_S = 10.0
+"""How much later than the wall limit a keeper may report before the sandbox is taken for broken."""
+
+END_S = 5.0
+"""Longest wait for a killed process to be gone."""
+
+MAX_REPORT = 1 << 16
+MAX_STDERR = 1 << 16
+"""So much of it is read, from the end."""
+
+
+class Box:
+    """A running sandbox."""
+
+    def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket, complaints: int, folder: str) -> None:
+        self._process, self._channel, self._complaints, self._folder = process, channel, complaints, folder
+        self._ended = False
+
+    @classmethod
+    async def start(cls, isolation: Isolation, spawner: Executor, *, whole_usr: bool = False) -> Box:
+        """A sandbox that is ready. `spawner` is a thread that outlives it: a sandbox dies with the thread that made it.
+
+        Raises SandboxFailed if it does not come up.
+        """
+        loop = asyncio.get_running_loop()
+        making = loop.run_in_executor(spawner, _spawn, isolation, whole_usr)
+        try:
+            box = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            making.add_done_callback(_discard)  # It comes up all the same.
+            raise
+        try:
+            async with asyncio.timeout(START_S):
+                word = await box._read_line()
+            if word != b"ready":
+                raise SandboxFailed(f"a sandbox did not start: {bubble.explain(box._complaint())}")
+        except TimeoutError:
+            box.end()
+            raise SandboxFailed(f"a sandbox was not ready within {START_S:g} s") from None
+        except BaseException:
+            box.end()
+            raise
+        return box
+
+    async def run(
+        self, order: Order, *, stdin: bytes | int = b"", stdout: int | None = None, more: Sequence[int] = ()
+    ) -> Outcome:
+        """Runs it. Descriptors in place of `stdin` and of the stdout that is brought back, and those that become 3, 4 ...
+        of the program, are closed here once they are handed over. Raises SandboxFailed; ends the sandbox in any case."""
+        given = [fd for fd in (stdin, stdout, *more) if isinstance(fd, int)]
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.end)
+            handing = stack.enter_context(contextlib.ExitStack())
+            for fd in given:
+                handing.callback(os.close, fd)
+            first = stdin if isinstance(stdin, int) else _file(stack, stdin)
+            taken, wrong, collected = _file(stack), _file(stack), _file(stack)
+            last = taken if stdout is None else stdout
+            fds = [_file(stack, _written(order)), collected, first, last, wrong, *more]
+            try:
+                socket.send_fds(self._channel, [b"r"], fds)
+                handing.close()
+                async with asyncio.timeout(order.limits.wall_s + SLACK_S):
+                    report = json.loads(await self._read_line() or b"{}")
+            except TimeoutError:
+                raise SandboxFailed("the sandbox does not answer") from None
+            except (OSError, ValueError) as error:
+                raise SandboxFailed(f"the sandbox broke: {error}") from None
+            if "code" not in report:
+                raise SandboxFailed(str(report.get("failed", "the sandbox died; was it short of memory?")))
+            brought = _read(collected, order.limits.output_bytes + 1)
+            return Outcome(
+                **report,
+                stdout=_read(taken, order.limits.output_bytes),
+                stderr=_read(wrong, MAX_STDERR, from_end=True),
+                collected=brought[1:] if brought else None,
+            )
+
+    def end(self) -> None:
+        """Kills it, and all in it. May be called twice."""
+        if self._ended:
+            return
+        self._ended = True
+        self._channel.close()
+        os.close(self._complaints)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGKILL)
+
+    def reap(self) -> None:
+        """Waits, within END_S, until the process is gone; blocks."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def pid(self) -> int:
+        """Process number of bubblewrap, outside."""
+        return self._process.pid
+
+    async def _read_line(self) -> bytes:
+        """The next line of the keeper, without its end; b"" if the keeper has gone."""
+        loop, line = asyncio.get_running_loop(), b""
+        while not line.endswith(b"\n"):
+            part = await loop.sock_recv(self._channel, 4096)
+            line += part
+            if not part or len(line) > MAX_REPORT:
+                return b""
+        return line[:-1]
+
+    def _complaint(self) -> str:
+        return _read(self._complaints, 4096, from_end=True).decode(errors="replace")
+
+
+def _discard(making: asyncio.Future[Box]) -> None:
+    if not making.cancelled() and not making.exception():
+        making.result().end()
+        making.result().reap()
+
+
+def _spawn(isolation: Isolation, whole_usr: bool) -> Box:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    complaints = os.memfd_create("complaints", os.MFD_CLOEXEC)
+    python = bubble.interpreter(isolation.python).path
+    with theirs, contextlib.ExitStack() as stack:
+        if isolation.unsafe:
+            folder = tempfile.mkdtemp(prefix="headrace-unsafe-")
+            command, fds, who = bubble.keeper_command(python, theirs.fileno(), folder), [theirs.fileno()], {}
+        else:
+            filter_fd = _file(stack, seccomp.program()) if seccomp.supported() else -1
+            box = bubble.command(isolation, whole_usr=whole_usr, filter_fd=filter_fd)
+            command, folder, who = [*box, *bubble.keeper_command(python, theirs.fileno(), bubble.WORK)], "", bubble.identity()
+            fds = [theirs.fileno(), *([filter_fd] if filter_fd >= 0 else [])]
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=complaints, stderr=complaints, pass_fds=fds, cwd="/",
+                env=dict(bubble.environment()), start_new_session=True, **who,
+            )  # fmt: skip
+        except OSError as error:
+            ours.close()
+            os.close(complaints)
+            raise SandboxFailed(f"a sandbox could not be started: {error}") from None
+    return Box(process, ours, complaints, folder)
+
+
+def _written(order: Order) -> bytes:
+    """As the keeper reads it: a JSON line, then the files."""
+    head = {
+        "argv": list(order.argv),
+        "environment": dict(order.environment),
+        "files": [[name, len(content), mode] for name, (content, mode) in order.files.items()],
+        "limits": asdict(order.limits),
+        "collect": order.collect,
+    }
+    return json.dumps(head).encode() + b"\n" + b"".join(content for content, _ in order.files.values())
+
+
+def _file(stack: contextlib.ExitStack, content: bytes = b"") -> int:
+    """A memory file, to be read from its beginning."""
+    fd = os.memfd_create("headrace", os.MFD_CLOEXEC)
+    stack.callback(os.close, fd)
+    view = memoryview(content)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _read(fd: int, limit: int, *, from_end: bool = False) -> bytes:
+    size = os.fstat(fd).st_size
+    start = max(0, size - limit) if from_end else 0
+    return os.pread(fd, limit, start)
+
+
