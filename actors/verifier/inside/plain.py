@@ -168,6 +168,8 @@ class Peer:
                 return [kind, [self.encode(item) for item in items]]
         if isinstance(value, dict):
             return ["dict", [[self.encode(k), self.encode(v)] for k, v in value.items()]]
+        if isinstance(value, type) and _TYPES.get(value.__name__) is value:
+            return ["type", value.__name__]
         return ["mine", self.offer(value)]
 
     def decode(self, data):
@@ -218,7 +220,12 @@ def _modest_decimal(value):
     return value
 
 
+_TYPES = {
+    kind.__name__: kind
+    for kind in (bool, str, int, float, complex, bytes, bytearray, list, tuple, set, frozenset, dict, range, object)
+}
 _READERS = {
+    "type": lambda name: _TYPES[name],
     "str": lambda text: "" + text,
     "int": lambda text: int(text, 16),
     "float": float.fromhex,

@@ -1,6 +1,7 @@
 """One sandbox: started ahead, used for one run, ended.
 
-    await Box.start(...)          bubblewrap, and in it the keeper, which has said that it is ready
+    box = spawn(...)              bubblewrap, and in it the keeper
+    await box.ready()             the keeper has said that it is
     await box.run(order)          at most once; Outcome, or SandboxFailed
     box.end()                     at any time: the namespace and all in it are killed
 
@@ -20,7 +21,6 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from dataclasses import asdict
 
 from . import bubble, seccomp
@@ -46,33 +46,17 @@ class Box:
 
     def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket, complaints: int, folder: str) -> None:
         self._process, self._channel, self._complaints, self._folder = process, channel, complaints, folder
-        self._ended = False
+        self._ended = self._reading = False
 
-    @classmethod
-    async def start(cls, isolation: Isolation, spawner: Executor, *, whole_usr: bool = False) -> Box:
-        """A sandbox that is ready. `spawner` is a thread that outlives it: a sandbox dies with the thread that made it.
-
-        Raises SandboxFailed if it does not come up.
-        """
-        loop = asyncio.get_running_loop()
-        making = loop.run_in_executor(spawner, _spawn, isolation, whole_usr)
-        try:
-            box = await asyncio.shield(making)
-        except asyncio.CancelledError:
-            making.add_done_callback(_discard)  # It comes up all the same.
-            raise
+    async def ready(self) -> None:
+        """Waits until it is. Raises SandboxFailed if it does not come up."""
         try:
             async with asyncio.timeout(START_S):
-                word = await box._read_line()
-            if word != b"ready":
-                raise SandboxFailed(f"a sandbox did not start: {bubble.explain(box._complaint())}")
+                word = await self._read_line()
         except TimeoutError:
-            box.end()
             raise SandboxFailed(f"a sandbox was not ready within {START_S:g} s") from None
-        except BaseException:
-            box.end()
-            raise
-        return box
+        if word != b"ready":
+            raise SandboxFailed(f"a sandbox did not start: {bubble.explain(self._complaint())}")
 
     async def run(
         self, order: Order, *, stdin: bytes | int = b"", stdout: int | None = None, more: Sequence[int] = ()
@@ -113,7 +97,10 @@ class Box:
         if self._ended:
             return
         self._ended = True
-        self._channel.close()
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)  # Whoever reads it sees its end.
+        if not self._reading:
+            self._channel.close()
         os.close(self._complaints)
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGKILL)
@@ -133,46 +120,50 @@ class Box:
     async def _read_line(self) -> bytes:
         """The next line of the keeper, without its end; b"" if the keeper has gone."""
         loop, line = asyncio.get_running_loop(), b""
-        while not line.endswith(b"\n"):
-            part = await loop.sock_recv(self._channel, 4096)
-            line += part
-            if not part or len(line) > MAX_REPORT:
-                return b""
+        self._reading = True
+        try:
+            while not line.endswith(b"\n"):
+                part = await loop.sock_recv(self._channel, 4096)
+                line += part
+                if not part or len(line) > MAX_REPORT:
+                    return b""
+        finally:
+            self._reading = False
+            if self._ended:
+                self._channel.close()
         return line[:-1]
 
     def _complaint(self) -> str:
-        return _read(self._complaints, 4096, from_end=True).decode(errors="replace")
+        return "" if self._ended else _read(self._complaints, 4096, from_end=True).decode(errors="replace")
 
 
-def _discard(making: asyncio.Future[Box]) -> None:
-    if not making.cancelled() and not making.exception():
-        making.result().end()
-        making.result().reap()
-
-
-def _spawn(isolation: Isolation, whole_usr: bool) -> Box:
+def spawn(isolation: Isolation, whole_usr: bool) -> Box:
+    """Starts one; blocks for some milliseconds. It dies with the thread that calls this. Raises SandboxFailed."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     complaints = os.memfd_create("complaints", os.MFD_CLOEXEC)
-    python = bubble.interpreter(isolation.python).path
-    with theirs, contextlib.ExitStack() as stack:
-        if isolation.unsafe:
-            folder = tempfile.mkdtemp(prefix="headrace-unsafe-")
-            command, fds, who = bubble.keeper_command(python, theirs.fileno(), folder), [theirs.fileno()], {}
-        else:
-            filter_fd = _file(stack, seccomp.program()) if seccomp.supported() else -1
-            box = bubble.command(isolation, whole_usr=whole_usr, filter_fd=filter_fd)
-            command, folder, who = [*box, *bubble.keeper_command(python, theirs.fileno(), bubble.WORK)], "", bubble.identity()
-            fds = [theirs.fileno(), *([filter_fd] if filter_fd >= 0 else [])]
-        try:
+    folder = ""
+    try:
+        with theirs, contextlib.ExitStack() as stack:
+            python = bubble.interpreter(isolation.python).path
+            if isolation.unsafe:
+                folder = tempfile.mkdtemp(prefix="headrace-unsafe-")
+                command, fds, who = bubble.keeper_command(python, theirs.fileno(), folder), [theirs.fileno()], {}
+            else:
+                filter_fd = _file(stack, seccomp.program()) if seccomp.supported() else -1
+                outer = bubble.command(isolation, whole_usr=whole_usr, filter_fd=filter_fd)
+                command = [*outer, *bubble.keeper_command(python, theirs.fileno(), bubble.WORK)]
+                fds, who = [fd for fd in (theirs.fileno(), filter_fd) if fd >= 0], bubble.identity()
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=complaints, stderr=complaints, pass_fds=fds, cwd="/",
                 env=dict(bubble.environment()), start_new_session=True, **who,
             )  # fmt: skip
-        except OSError as error:
-            ours.close()
-            os.close(complaints)
+    except BaseException as error:
+        ours.close()
+        os.close(complaints)
+        if isinstance(error, OSError):
             raise SandboxFailed(f"a sandbox could not be started: {error}") from None
+        raise
     return Box(process, ours, complaints, folder)
 
 

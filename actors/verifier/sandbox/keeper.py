@@ -19,12 +19,15 @@ import resource
 import select
 import signal
 import socket
+import stat
 import sys
 import time
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _MAX_FDS = 16
+_HIGH_FD = 64
 _TICK_S = 0.01
+_libc = ctypes.CDLL(None)
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _HERTZ = os.sysconf("SC_CLK_TCK")
 _MIB = 1 << 20
@@ -37,10 +40,9 @@ def main():
     """Serves one order, and ends. `argv`: the number of the socket, the work folder."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     work = sys.argv[2]
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     if os.getpid() != 1:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     channel.sendall(b"ready\n")
     start, fds, _, _ = socket.recv_fds(channel, 1, _MAX_FDS)
     if not start:
@@ -85,6 +87,7 @@ def _spawn(order, streams):
     child = os.fork()
     if not child:
         try:
+            say = fcntl.fcntl(say, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
             _become(order, streams, say)
         except BaseException as error:
             os.write(say, f"{type(error).__name__}: {error}".encode()[:500])
@@ -100,22 +103,17 @@ def _spawn(order, streams):
 
 def _become(order, streams, say):
     os.setsid()
+    if os.getppid() != 1:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
-    high = max(streams + [say, len(streams)]) + 1
-    moved = [_move(fd, high) for fd in (*streams, say)]
-    for target, fd in enumerate(moved[:-1]):
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, say) for fd in streams]
+    for target, fd in enumerate(moved):
         os.dup2(fd, target, inheritable=True)
-    for fd in range(len(streams), max(moved) + 1):
-        if fd != moved[-1]:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+    os.closerange(len(streams), say)
+    os.closerange(say + 1, max(moved) + 1)
     _limit(order["limits"])
     os.execve(order["argv"][0], order["argv"], order["environment"])
-
-
-def _move(fd, above):
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above)
 
 
 def _limit(limits):
@@ -221,10 +219,12 @@ def _collect(name, to, limit):
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
+        os.close(fd)
+        return
     with open(fd, "rb") as file, open(to, "wb", closefd=False) as out:
-        found = os.fstat(fd)
-        if (found.st_mode & 0o170000) == 0o100000 and found.st_size <= limit:
-            out.write(b"1" + file.read(limit))
+        out.write(b"1" + file.read(limit))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 from . import bubble, seccomp
-from .box import END_S, START_S, Box
+from .box import END_S, START_S, Box, spawn
 from .bubble import Isolation, SandboxUnavailable
 from .order import Order, Outcome, RunLimits, SandboxFailed
 
@@ -33,6 +33,7 @@ class SandboxPool:
         self._ready: asyncio.Queue[Box | SandboxFailed] = asyncio.Queue()
         self._lacking = asyncio.Event()
         self._waiting = 0
+        self._making: set[asyncio.Future[Box]] = set()
         self._boxes: set[Box] = set()
         self._ending: set[asyncio.Future[None]] = set()
         self._starters: list[asyncio.Task[None]] = []
@@ -98,6 +99,8 @@ class SandboxPool:
         for task in self._starters:
             task.cancel()
         await asyncio.gather(*self._starters, return_exceptions=True)
+        if self._making:
+            await asyncio.wait(self._making, timeout=END_S)
         for box in list(self._boxes):
             self._end(box)
         while not self._ready.empty():
@@ -125,9 +128,26 @@ class SandboxPool:
         return found
 
     async def _begin(self, *, whole_usr: bool = False) -> Box:
-        box = await Box.start(self._isolation, self._spawner, whole_usr=whole_usr)
-        self._boxes.add(box)
+        loop = asyncio.get_running_loop()
+        making = loop.run_in_executor(self._spawner, spawn, self._isolation, whole_usr)
+        self._making.add(making)
+        making.add_done_callback(self._made)
+        try:
+            box = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            making.add_done_callback(lambda made: made.exception() or self._end(made.result()))
+            raise
+        try:
+            await box.ready()
+        except BaseException:
+            self._end(box)
+            raise
         return box
+
+    def _made(self, making: asyncio.Future[Box]) -> None:
+        self._making.discard(making)
+        if not making.exception():
+            self._boxes.add(making.result())
 
     def _end(self, box: Box) -> None:
         if box not in self._boxes:
