@@ -14,7 +14,7 @@ import os
 from dataclasses import replace
 
 from .case import BadReference
-from .code_judge import CheckerFailed, Finding, both, finding_of, tail
+from .code_judge import CheckerFailed, Finding, both, finding_of, tail, utf8
 from .code_languages import ENVIRONMENT, LANGUAGES
 from .code_tests import FunctionTests
 from .inside import program
@@ -73,4 +73,4 @@ def _conclude(served: Outcome, examined: Outcome, alone: Finding) -> Finding:
 
 
 def _file(text: str) -> tuple[bytes, int]:
-    return text.encode("utf-8", "surrogateescape"), 0o444
+    return utf8(text), 0o444

@@ -86,7 +86,7 @@ class CodeJudge:
             return await self._interact(test, program, judge, limits)
         async with self._pool.taken() as box:
             order = program.order(self._pool.python, limits)
-            outcome = await box.run(order, stdin=test.input.encode())
+            outcome = await box.run(order, stdin=utf8(test.input))
         found = finding_of(outcome, limits, program.row)
         if found.letters != "AC":
             return found
@@ -123,7 +123,7 @@ class CodeJudge:
     async def _prepare(self, language: Language, source: str) -> _Runnable | Finding:
         row = LANGUAGES[language]
         if row.build is None:
-            return _Runnable(row, row.source, source.encode("utf-8", "surrogateescape"), 0o444)
+            return _Runnable(row, row.source, utf8(source), 0o444)
         key = hashlib.blake2b(f"{language}\0{source}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
         built = self._built.get(key)
         if built is None:
@@ -140,7 +140,7 @@ class CodeJudge:
             raise CheckerFailed(str(error)) from None
         outcome = await self._pool.run_cold(
             Order(
-                argv=argv, files={row.source: (source.encode("utf-8", "replace"), 0o444)}, environment=ENVIRONMENT,
+                argv=argv, files={row.source: (utf8(source), 0o444)}, environment=ENVIRONMENT,
                 limits=BUILD_LIMITS, collect=BINARY,
             )  # fmt: skip
         )
@@ -224,6 +224,11 @@ def finding_of(outcome: Outcome, limits: RunLimits, row: LanguageRow) -> Finding
     return Finding(letters=letters, cpu_s=outcome.cpu_s, memory_bytes=outcome.memory_bytes, note=note)
 
 
+def utf8(text: str) -> bytes:
+    """As a file; half a surrogate pair becomes a question mark."""
+    return text.encode("utf-8", "replace")
+
+
 def tail(text: bytes, chars: int = 200) -> str:
     """The last of it that can be printed in a line."""
     return " ".join(text[-8 * chars :].decode(errors="replace").split())[-chars:]
@@ -263,7 +268,7 @@ async def _run_all(tests: Tests, run: Callable[[Test], Awaitable[Finding]]) -> F
 async def _compare(tests: Tests, test: Test, output: bytes) -> str:
     def work() -> str:
         return compare(
-            output, test.output.encode(), tests.compare, tolerance=tests.tolerance, ignore_case=tests.ignore_case
+            output, utf8(test.output), tests.compare, tolerance=tests.tolerance, ignore_case=tests.ignore_case
         )
 
     try:
@@ -281,4 +286,4 @@ def _judgement(outcome: Outcome, who: str) -> str:
 
 
 def _files(test: Test) -> dict[str, tuple[bytes, int]]:
-    return {"input": (test.input.encode(), 0o444), "answer": (test.output.encode(), 0o444)}
+    return {"input": (utf8(test.input), 0o444), "answer": (utf8(test.output), 0o444)}

@@ -3,14 +3,16 @@
 math      math-verify in killable processes against the labels of ../shared/data/verifier_triples, and the references
           of MATH-500 against themselves; figures are None where the data are not on this machine.
 puzzles   22 tasks: what our own solver says is accepted, what was corrupted is refused.
-
-Code against tests in a sandbox is not measured yet.
+code      programs against tests in sandboxes: right ones, wrong ones and attacks, and what a sandbox costs; figures are
+          None where bubblewrap does not work, or the data are not there.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from _verify_code import BARS as CODE_BARS
+from _verify_code import measure_code
 from _verify_math import measure_math
 from _verify_puzzles import measure_puzzles
 
@@ -33,6 +35,7 @@ BARS = [
     Bar("puzzles_refused_count", ">=", 20_000),
     Bar("puzzles_refused_ratio", ">=", 1.0),
     Bar("puzzle_verdicts_per_s", ">=", 5000.0),
+    *CODE_BARS,
 ]
 
 
@@ -43,5 +46,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace, say: Say) -> Figures:
-    """All figures of both parts."""
-    return measure_math(say) | measure_puzzles(options.instances, say)
+    """All figures of all parts."""
+    return {**measure_math(say), **measure_puzzles(options.instances, say), **measure_code(say)}
