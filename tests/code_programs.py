@@ -5,6 +5,8 @@ A wrong one is made by changing what the function returns, and is used only wher
 construction: they compare the result with a constant, which the changed result is not.
 """
 
+# ruff: noqa: E501  # Programs in a line each.
+
 import ast
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""CodeVerifier: AC, WA, TLE, MLE, RE, CE of programs in both languages; checkers, interactors, points, function tests."""
+"""CodeVerifier: AC, WA, TLE, MLE, RE, CE of programs in both languages; checkers, interactors, points, functions."""
 
 import asyncio
 import json
@@ -86,7 +86,9 @@ async def test_python_programs(verifier, source, expected):
     ],
 )
 async def test_cpp_programs(verifier, source, expected):
-    found = await verdict(verifier, f"#include <iostream>\n#include <vector>\n{source}", SUM | {"language": "cpp"}, "cpp")
+    found = await verdict(
+        verifier, f"#include <iostream>\n#include <vector>\n{source}", SUM | {"language": "cpp"}, "cpp"
+    )
     assert found.note.startswith(expected) and found.correct == (expected == "AC")
 
 
@@ -114,7 +116,12 @@ sys.exit(42 if a + b == wanted and a != b else 43)
 
 @pytest.mark.parametrize(
     ("source", "expected"),
-    [("n = int(input()); print(n + 1, -1)", "AC"), ("print(n := int(input()), n)", "WA"), ("print('x')", "WA"), ("1/0", "RE")],
+    [
+        ("n = int(input()); print(n + 1, -1)", "AC"),
+        ("print(n := int(input()), n)", "WA"),
+        ("print('x')", "WA"),
+        ("1/0", "RE"),
+    ],
 )
 async def test_a_checker_program_decides(verifier, source, expected):
     tests = {"tests": [{"input": "8", "output": "unused"}], "checker": {"language": "python", "source": CHECKER}}
@@ -202,6 +209,10 @@ def functions(tests: str, *names: str, prelude: str = "") -> dict[str, object]:
     return {"function": {"names": names or ["f"], "tests": textwrap.dedent(tests), "prelude": prelude}}
 
 
+CLASS = "class f:\n    def __init__(self, v): self.v = v\n    def up(self): return self.v + 1"
+NUMBERS = "a, b, c, d = f()\nassert a != a and str(b) == '-0.0' and c == 1e-320 and d == 3j"
+
+
 @pytest.mark.parametrize(
     ("source", "tests", "expected"),
     [
@@ -217,9 +228,9 @@ def functions(tests: str, *names: str, prelude: str = "") -> dict[str, object]:
         ("def f(*a, key): return [a, key]", "assert f(1, {2: (3,)}, key=b'x') == [(1, {2: (3,)}), b'x']", "AC"),
         ("def f(n):\n    yield from range(n)", "assert list(f(3)) == [0, 1, 2]\nassert f(3) != [0, 1, 2]", "AC"),
         ("def f(g, x): return g(g(x))", "assert f(lambda x: x + 1, 3) == 5", "AC"),
-        ("class f:\n    def __init__(s, v): s.v = v\n    def up(s): return s.v + 1", "x = f(2)\nx.v = 6\nassert x.up() == 7", "AC"),
+        (CLASS, "x = f(2)\nx.v = 6\nassert x.up() == 7", "AC"),
         ("def f(n): return 10 ** n", "assert f(5000) == 10 ** 5000", "AC"),
-        ("def f(): return float('nan'), -0.0, 1e-320, 3j", "a, b, c, d = f()\nassert a != a and str(b) == '-0.0' and c == 1e-320 and d == 3j", "AC"),
+        ("def f(): return float('nan'), -0.0, 1e-320, 3j", NUMBERS, "AC"),
         ("def f(): return chr(0xd800) + '\\u20ac'", "assert f() == chr(0xd800) + '\\u20ac'", "AC"),
         ("def f(t): return t(3.7)", "assert f(int) == 3", "AC"),
         ("print('noise')\ndef f(x):\n    print('more')\n    return x", "print('x')\nassert f(1) == 1", "AC"),

@@ -1,5 +1,5 @@
-"""Whether an output is the expected one, by the modes of programming contests. Linear in the length of both; numbers are
-read by grammars of ours, so NaN, infinity, underscores and hexadecimal are none.
+"""Whether an output is the expected one, by the modes of programming contests. Linear in the length of both; numbers
+are read by grammars of ours, so NaN, infinity, underscores and hexadecimal are none.
 
     exact     every byte
     line      the lines, without white space at their ends and empty lines at the end (testlib's fcmp)

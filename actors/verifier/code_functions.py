@@ -35,7 +35,9 @@ async def examine(pool: SandboxPool, tests: FunctionTests, source: str, limits: 
 
     def order(name: str, limits: RunLimits, text: tuple[str, str]) -> Order:
         files = {**shared, f"{name}.py": (program(name), 0o444), text[0]: _file(text[1])}
-        return Order(argv=[pool.python, f"{name}.py", *tests.names], files=files, environment=environment, limits=limits)
+        return Order(
+            argv=[pool.python, f"{name}.py", *tests.names], files=files, environment=environment, limits=limits
+        )
 
     patient = replace(limits, wall_s=limits.wall_s + PATIENCE_S, memory_bytes=max(limits.memory_bytes, 1 << 30))
     async with pool.taken() as one, pool.taken() as other:
@@ -54,7 +56,9 @@ def _conclude(served: Outcome, examined: Outcome, alone: Finding) -> Finding:
         report = json.loads(examined.stdout)
         found, text = report["found"], str(report.get("text", ""))
     except (ValueError, KeyError, TypeError):
-        raise CheckerFailed(f"the tests ended with {examined.code} {examined.stopped}: {tail(examined.stderr)}") from None
+        raise CheckerFailed(
+            f"the tests ended with {examined.code} {examined.stopped}: {tail(examined.stderr)}"
+        ) from None
     if found == "bad tests":
         raise BadReference(f"the tests fail by themselves: {text}")
     if found == "passed":

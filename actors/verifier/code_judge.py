@@ -140,9 +140,12 @@ class CodeJudge:
             raise CheckerFailed(str(error)) from None
         outcome = await self._pool.run_cold(
             Order(
-                argv=argv, files={row.source: (utf8(source), 0o444)}, environment=ENVIRONMENT,
-                limits=BUILD_LIMITS, collect=BINARY,
-            )  # fmt: skip
+                argv=argv,
+                files={row.source: (utf8(source), 0o444)},
+                environment=ENVIRONMENT,
+                limits=BUILD_LIMITS,
+                collect=BINARY,
+            )
         )
         if outcome.code == 0 and outcome.collected:
             return outcome.collected
@@ -234,7 +237,9 @@ def tail(text: bytes, chars: int = 200) -> str:
     return " ".join(text[-8 * chars :].decode(errors="replace").split())[-chars:]
 
 
-async def both(first: Coroutine[None, None, Outcome], second: Coroutine[None, None, Outcome]) -> tuple[Outcome, Outcome]:
+async def both(
+    first: Coroutine[None, None, Outcome], second: Coroutine[None, None, Outcome]
+) -> tuple[Outcome, Outcome]:
     """Runs two at the same time; if one fails, the other is given up. Raises SandboxFailed."""
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -278,7 +283,7 @@ async def _compare(tests: Tests, test: Test, output: bytes) -> str:
 
 
 def _judgement(outcome: Outcome, who: str) -> str:
-    """ "" where a checker or interactor accepts, its reason where it refuses. Raises CheckerFailed where it does neither."""
+    """ "" where a checker or interactor accepts, its reason where it refuses. Raises CheckerFailed where it breaks."""
     if outcome.stopped or outcome.code not in (ACCEPTED, REFUSED):
         how = f"stopped: {outcome.stopped}" if outcome.stopped else f"ended with {outcome.code}"
         raise CheckerFailed(f"the {who} {how}, not with 42 or 43: {tail(outcome.stderr)}")

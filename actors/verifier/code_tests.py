@@ -11,8 +11,9 @@ Knows nothing of sandboxes and verdicts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -103,7 +104,9 @@ def read_tests(reference: str, folder: str = "") -> Tests:
     root = Path(folder or ".").resolve()
     path = (root / reference).resolve()
     if not folder or root not in path.parents:
-        raise BadReference(f"the reference is neither a JSON object nor a path below the folder of tests: {reference[:80]!r}")
+        raise BadReference(
+            f"the reference is neither a JSON object nor a path below the folder of tests: {reference[:80]!r}"
+        )
     try:
         if path.stat().st_size > MAX_REFERENCE_BYTES:
             raise BadReference(f"{path}: longer than {MAX_REFERENCE_BYTES} bytes")
@@ -149,9 +152,9 @@ def kattis_package(folder: Path, *, checker: Program | None = None, interactor: 
     if not tests:
         raise BadReference(f"{folder}: no tests (data/**/*.in) there")
     flags = _flat(folder / "problem.yaml").get("validator_flags", "").split()
-    tolerance = [float(value) for name, value in zip(flags, flags[1:], strict=False) if name == "float_tolerance"]
+    tolerance = [float(value) for name, value in pairwise(flags) if name == "float_tolerance"]
     return Tests(
-        tests=[test if test.group in points else Test(input=test.input, output=test.output, name=test.name) for test in tests],
+        tests=[test if test.group in points else replace(test, group="") for test in tests],
         checker=checker, interactor=interactor, groups=points, tolerance=max(tolerance, default=0.0),
         compare="line" if "space_change_sensitive" in flags else "token", ignore_case="case_sensitive" not in flags,
     )  # fmt: skip

@@ -9,7 +9,7 @@ tests = "data/tests"                              the folder of references that 
 cpu_s = 10.0
 memory_bytes = 536870912
 
-A reference is the JSON text of code_tests.py. Where no sandbox can be had the actor does not start, and says what to do.
+A reference is the JSON text of code_tests.py. Where no sandbox can be had, the actor does not start and says why.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class CodeVerifier(Actor):
 
     @message(concurrent=True)
     async def stats(self) -> dict[str, float]:
-        """Counts of verdicts, of their letters, of errors by kind; cache hits, retries, latency quantiles in seconds."""
+        """Counts of verdicts, of letters, of errors by kind; cache hits, retries, latency quantiles in seconds."""
         return self.court.metrics.snapshot() | {f"letters_{name}": float(n) for name, n in self._letters.items()}
 
     @message(concurrent=True)

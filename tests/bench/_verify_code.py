@@ -1,8 +1,8 @@
 """Verdicts on programs: right ones, wrong ones, attacks, and what a sandbox costs. Serves verify.py.
 
-right and wrong   programs of ours for the Kattis examples, each with its verdict; the solutions of HumanEval and MBPP; and
-                  of both, programs that are wrong by construction (tests/code_programs.py)
-start overhead    a program in a warm sandbox against the same as a plain process, in turns; the difference of the medians
+right and wrong   programs of ours for the Kattis examples, each with its verdict; the solutions of HumanEval and MBPP;
+                  and of both, programs that are wrong by construction (tests/code_programs.py)
+start overhead    a program in a warm sandbox against the same as a plain process, in turns; difference of the medians
 attacks           tests/code_attacks.py, and what the host has more of afterwards
 """
 
@@ -31,7 +31,7 @@ from headrace.actors.verifier.code_judge import CodeJudge
 from headrace.actors.verifier.code_tests import Program, Tests, kattis_package
 from headrace.actors.verifier.court import Care
 from headrace.actors.verifier.sandbox import Order, RunLimits, SandboxPool, SandboxUnavailable
-from headrace.actors.verifier.sandbox.bubble import Isolation
+from headrace.actors.verifier.sandbox.bubble import Isolation, user
 from headrace.benchmark import ROOT, Bar, Figures, Say
 
 DATA = ROOT.parent / "shared" / "data"
@@ -106,7 +106,7 @@ async def _overhead(say: Say) -> dict[str, float | None]:
         "code_start_overhead_s": statistics.median(boxed) - statistics.median(plain),
         "code_runs_per_s": per_s,
     }
-    say(f"a run: {1000 * statistics.median(boxed):.1f} ms in a warm sandbox, {1000 * statistics.median(plain):.1f} ms plain")
+    say(f"a run: {statistics.median(boxed):.4f} s in a warm sandbox, {statistics.median(plain):.4f} s plain")
     return figures
 
 
@@ -211,7 +211,9 @@ def _attack(attack: Any, port: int, secret: Path) -> Case:
     source = attack.source.replace("HOST_PORT", str(port)).replace("HOST_PID", str(os.getpid()))
     function = {"names": ["f"], "tests": "assert f(3) == 10\nassert all(f(n) == n * n + 1 for n in range(4, 9))"}
     tests = [{"input": "7\n", "output": secrets.token_hex(8)}]
-    reference: dict[str, Any] = {"function": function} if attack.function else {"language": attack.language, "tests": tests}
+    reference: dict[str, Any] = (
+        {"function": function} if attack.function else {"language": attack.language, "tests": tests}
+    )
     return Case(reference=json.dumps(reference), response=source.replace("HOST_FILE", str(secret)), row=attack.name)
 
 
@@ -226,25 +228,38 @@ async def _judge(cases: Sequence[Case], limits: RunLimits) -> tuple[list[Verdict
 
 
 def _host() -> dict[str, set[str] | int]:
-    """What attacks could leave behind or use up: our processes and those of `nobody`, shared files, memory."""
+    """What attacks could leave behind or use up: sandboxed processes, shared files of their user, memory."""
     available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
     return {
         "processes": {pid for pid in os.listdir("/proc") if pid.isdigit() and _boxed(pid)},
-        "files": {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")} | {f"/{name}" for name in os.listdir("/")},
+        "files": {
+            str(path) for folder in ("/", "/tmp", "/dev/shm") for path in Path(folder).glob("*") if _sandboxed(path)
+        },
         "memory": int(available[1]) * 1024 if available else 0,
     }
 
 
+def _sandboxed(path: Path) -> bool:
+    """Whether it belongs to whom sandboxes run as."""
+    try:
+        return path.lstat().st_uid == (user() or os.getuid())
+    except OSError:
+        return False
+
+
 def _boxed(pid: str) -> bool:
     try:
-        return Path(f"/proc/{pid}/ns/pid").readlink() != Path("/proc/self/ns/pid").readlink()
+        return (
+            _sandboxed(Path(f"/proc/{pid}"))
+            and Path(f"/proc/{pid}/ns/pid").readlink() != Path("/proc/self/ns/pid").readlink()
+        )
     except OSError:
         return False
 
 
 def _more(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     found = [f"a process: {pid}" for pid in after["processes"] - before["processes"]]
-    found += [f"a file: {name}" for name in after["files"] - before["files"] if "headrace" not in name]
+    found += [f"a file: {name}" for name in after["files"] - before["files"]]
     lost = before["memory"] - after["memory"]
     return found + ([f"{lost >> 20} MiB of memory"] if lost > MEMORY_SLACK else [])
 

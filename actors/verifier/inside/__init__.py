@@ -1,8 +1,8 @@
 """Programs that run inside sandboxes, under the sandbox's interpreter: standard library only, and nothing of headrace.
 
-    candidate.py    holds a submission, and serves calls of its functions
-    examiner.py     holds the tests, and calls those functions
-    plain.py        what travels between the two: values as data
+candidate.py    holds a submission, and serves calls of its functions
+examiner.py     holds the tests, and calls those functions
+plain.py        what travels between the two: values as data
 """
 
 from pathlib import Path

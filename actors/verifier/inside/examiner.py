@@ -1,5 +1,5 @@
-"""Holds tests, and runs them on functions that another process serves. The report, a JSON line, goes to stdout; what the
-tests print doesn't.
+"""Holds tests, and runs them on functions that another process serves. The report, a JSON line, goes to stdout; what
+the tests print doesn't.
 
 Descriptors 3 and 4 lead to and from the candidate; argv: the names that the tests use of it.
 """
@@ -8,11 +8,12 @@ import json
 import os
 import sys
 import traceback
+from typing import Any
 
-import plain
+import plain  # type: ignore[import-not-found]
 
 
-def main():
+def main() -> None:
     """Runs the tests and says how they went."""
     report = os.dup(1)
     os.dup2(2, 1)
@@ -20,14 +21,14 @@ def main():
     os.write(report, json.dumps(_examine(peer, sys.argv[1:])).encode() + b"\n")
 
 
-def _examine(peer, names):
+def _examine(peer: plain.Peer, names: list[str]) -> dict[str, str]:
     try:
         first = peer.receive()
     except (plain.Gone, plain.TooMuch):
         return {"found": "gone"}
     if first[0] != "loaded":
         return {"found": "not loaded", "type": str(first[1:2])[2:-2], "text": str(first[2:3])[2:-2][:300]}
-    space = {"__name__": "tests"}
+    space: dict[str, Any] = {"__name__": "tests"}
     try:
         for name in ("prelude.py", "tests.py"):
             with open(name, encoding="utf-8") as file:
@@ -40,7 +41,7 @@ def _examine(peer, names):
         return {"found": "failed", "text": f"the answer of the function: {error}"}
     except AssertionError as error:
         return {"found": "failed", "text": f"line {_line(error)}: {plain.text_of(error)}"[:300]}
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  # It is the report.
         if hasattr(error, "remote"):
             return {"found": "raised", "text": error.remote}
         kind = "failed" if peer.calls else "bad tests"
@@ -48,9 +49,9 @@ def _examine(peer, names):
     return {"found": "passed"}
 
 
-def _line(error):
+def _line(error: BaseException) -> int:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == "tests.py"]
-    return frames[-1].lineno if frames else 0
+    return (frames[-1].lineno or 0) if frames else 0
 
 
 main()

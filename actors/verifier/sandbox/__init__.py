@@ -1,4 +1,4 @@
-"""Runs a program that nobody trusts, once, where it can reach nothing: no network, no files but its own, no other process.
+"""Runs a program that nobody trusts, once, where it can reach nothing: no network, no files and processes but its own.
 
     pool.py       sandboxes that are started ahead, each used for one run, replaced in the background
       box.py        one of them: a bubblewrap process, its socket, its end

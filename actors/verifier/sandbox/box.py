@@ -61,8 +61,11 @@ class Box:
     async def run(
         self, order: Order, *, stdin: bytes | int = b"", stdout: int | None = None, more: Sequence[int] = ()
     ) -> Outcome:
-        """Runs it. Descriptors in place of `stdin` and of the stdout that is brought back, and those that become 3, 4 ...
-        of the program, are closed here once they are handed over. Raises SandboxFailed; ends the sandbox in any case."""
+        """Runs it, and ends the sandbox. Raises SandboxFailed.
+
+        Descriptors may stand in place of `stdin` and of the stdout that is brought back, and `more` become 3, 4 ... of
+        the program; they are closed here once they are handed over.
+        """
         given = [fd for fd in (stdin, stdout, *more) if isinstance(fd, int)]
         with contextlib.ExitStack() as stack:
             stack.callback(self.end)
@@ -194,5 +197,3 @@ def _read(fd: int, limit: int, *, from_end: bool = False) -> bytes:
     size = os.fstat(fd).st_size
     start = max(0, size - limit) if from_end else 0
     return os.pread(fd, limit, start)
-
-

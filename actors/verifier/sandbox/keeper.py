@@ -22,6 +22,7 @@ import socket
 import stat
 import sys
 import time
+from typing import Any
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _MAX_FDS = 16
@@ -32,11 +33,11 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _HERTZ = os.sysconf("SC_CLK_TCK")
 _MIB = 1 << 20
 _STACK_BYTES = 64 * _MIB
-_SPARE_ADDRESSES = 256 * _MIB
+_SPARE_ADDRESSES = 512 * _MIB
 """Address space above the memory limit: programs reserve more than they use."""
 
 
-def main():
+def main() -> None:
     """Serves one order, and ends. `argv`: the number of the socket, the work folder."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     work = sys.argv[2]
@@ -49,12 +50,12 @@ def main():
         return
     try:
         report = _serve(work, fds)
-    except Exception as error:  # Said to the host: an error of ours is no verdict.
+    except Exception as error:  # noqa: BLE001  # Said to the host: an error of ours is no verdict.
         report = {"failed": f"{type(error).__name__}: {error}"}
     channel.sendall(json.dumps(report).encode() + b"\n")
 
 
-def _serve(work, fds):
+def _serve(work: str, fds: list[int]) -> dict[str, Any]:
     order_fd, collect_fd, *streams = fds
     with open(order_fd, "rb") as file:
         order = json.loads(file.readline())
@@ -81,7 +82,7 @@ def _serve(work, fds):
     }
 
 
-def _spawn(order, streams):
+def _spawn(order: dict[str, Any], streams: list[int]) -> int:
     """Starts the program; returns its process number. Raises OSError if it can't be executed."""
     trouble, say = os.pipe()
     child = os.fork()
@@ -89,7 +90,7 @@ def _spawn(order, streams):
         try:
             say = fcntl.fcntl(say, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
             _become(order, streams, say)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # The parent raises it.
             os.write(say, f"{type(error).__name__}: {error}".encode()[:500])
         finally:
             os._exit(1)
@@ -101,7 +102,7 @@ def _spawn(order, streams):
     return child
 
 
-def _become(order, streams, say):
+def _become(order: dict[str, Any], streams: list[int], say: int) -> None:
     os.setsid()
     if os.getppid() != 1:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -116,7 +117,7 @@ def _become(order, streams, say):
     os.execve(order["argv"][0], order["argv"], order["environment"])
 
 
-def _limit(limits):
+def _limit(limits: dict[str, Any]) -> None:
     cpu_s = int(limits["cpu_s"]) + 2
     space = limits["memory_bytes"] + _SPARE_ADDRESSES
     for what, value in (
@@ -138,11 +139,11 @@ def _limit(limits):
 class _Watch:
     """Looks at what the program uses until it ends, or uses too much."""
 
-    def __init__(self, child, limits, began):
+    def __init__(self, child: int, limits: dict[str, Any], began: float) -> None:
         self._child, self._limits, self._began = child, limits, began
         self.peak = 0
 
-    def until_end(self):
+    def until_end(self) -> str:
         """Why the program has to be ended; "" once it has ended."""
         pidfd = os.pidfd_open(self._child)
         poll = select.poll()
@@ -155,7 +156,7 @@ class _Watch:
         finally:
             os.close(pidfd)
 
-    def _excess(self):
+    def _excess(self) -> str:
         cpu_s, memory = _used()
         disk = os.statvfs(".")
         if os.getpid() == 1:
@@ -170,7 +171,7 @@ class _Watch:
         return next((reason for reason, is_past in past.items() if is_past), "")
 
 
-def _used():
+def _used() -> tuple[float, int]:
     """Processor seconds, of the living and the dead, and resident bytes of all processes but the keeper."""
     me, ticks, pages = os.getpid(), 0, 0
     for name in os.listdir("/proc"):
@@ -189,7 +190,7 @@ def _used():
     return usage.ru_utime + usage.ru_stime + ticks / _HERTZ, pages * _PAGE
 
 
-def _end_all(child):
+def _end_all(child: int) -> int:
     """Kills what is left, reaps all, and returns the status of `child`."""
     status = 0
     while True:
@@ -206,14 +207,14 @@ def _end_all(child):
             status = ended
 
 
-def _write(name, content, mode):
+def _write(name: str, content: bytes, mode: int) -> None:
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     os.fchmod(fd, mode)
     with open(fd, "wb") as file:
         file.write(content)
 
 
-def _collect(name, to, limit):
+def _collect(name: str, to: int, limit: int) -> None:
     """Copies a plain file, if it is one and not too long."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

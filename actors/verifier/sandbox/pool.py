@@ -69,7 +69,9 @@ class SandboxPool:
             return "UNSAFE: no isolation"
         calls = f"{len(seccomp.REFUSED)} system calls refused" if seccomp.supported() else "no filter of system calls"
         who = "as nobody" if bubble.user() else "as this user"
-        return f"bubblewrap {who}, own namespaces, no network, rlimits, {calls}, memory watched by the keeper, no cgroup"
+        return (
+            f"bubblewrap {who}, own namespaces, no network, rlimits, {calls}, memory watched by the keeper, no cgroup"
+        )
 
     async def run(self, order: Order, *, stdin: bytes = b"") -> Outcome:
         """Runs it in a sandbox that nothing has run in. Raises SandboxFailed."""
@@ -135,7 +137,7 @@ class SandboxPool:
         try:
             box = await asyncio.shield(making)
         except asyncio.CancelledError:
-            making.add_done_callback(lambda made: made.exception() or self._end(made.result()))
+            making.add_done_callback(self._unwanted)
             raise
         try:
             await box.ready()
@@ -148,6 +150,10 @@ class SandboxPool:
         self._making.discard(making)
         if not making.exception():
             self._boxes.add(making.result())
+
+    def _unwanted(self, making: asyncio.Future[Box]) -> None:
+        if not making.exception():
+            self._end(making.result())
 
     def _end(self, box: Box) -> None:
         if box not in self._boxes:
@@ -170,5 +176,3 @@ class SandboxPool:
                 if self._waiting:
                     self._ready.put_nowait(error)
                 await asyncio.sleep(PAUSE_S)
-
-

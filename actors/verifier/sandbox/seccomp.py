@@ -22,19 +22,20 @@ REFUSED = {
     "init_module": 175, "delete_module": 176, "finit_module": 313, "kexec_load": 246, "kexec_file_load": 320,
     "bpf": 321, "perf_event_open": 298, "userfaultfd": 323, "lookup_dcookie": 212,
     "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427,
-    "add_key": 248, "request_key": 249, "keyctl": 250, "personality": 135, "modify_ldt": 154, "iopl": 172, "ioperm": 173,
+    "add_key": 248, "request_key": 249, "keyctl": 250, "personality": 135, "modify_ldt": 154, "iopl": 172,
+    "ioperm": 173,
     "settimeofday": 164, "clock_settime": 227, "adjtimex": 159, "clock_adjtime": 305, "sethostname": 170,
     "setdomainname": 171,
     "shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240, "memfd_create": 319, "memfd_secret": 447,
-    "socket": 41, "landlock_create_ruleset": 444,
+    "socket": 41,
 }  # fmt: skip
 """Number by name; x86-64."""
 
 MACHINES = ("x86_64",)
 
 _CLONE, _CLONE3 = 56, 435
-_NEW_NAMESPACE = 0x7E020000 | 0x80
-"""CLONE_NEW* flags: cgroup, uts, ipc, user, pid, net, mount, time."""
+_NEW_NAMESPACE = 0x7E020000
+"""CLONE_NEW* flags of clone: cgroup, uts, ipc, user, pid, net, mount. Time is for unshare and clone3 only."""
 _ARCH_X86_64, _X32 = 0xC000003E, 0x40000000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER_AT, _ARCH_AT, _FLAGS_AT = 0, 4, 16
@@ -47,16 +48,13 @@ def supported() -> bool:
 
 
 def program() -> bytes:
-    """The filter, for `bwrap --seccomp`: instructions of eight bytes.
-
-    clone's low 8 flag bits are the signal to send, so CLONE_NEWTIME, 0x80, is looked for by unshare and clone3 only.
-    """
+    """The filter, for `bwrap --seccomp`: instructions of eight bytes."""
     refuse, missing = _ERROR | errno.EPERM, _ERROR | errno.ENOSYS
     head = [
         (_LOAD, 0, 0, _ARCH_AT), (_EQUAL, 1, 0, _ARCH_X86_64), (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER_AT), (_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, refuse),
         (_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, missing),
-        (_EQUAL, 0, 4, _CLONE), (_LOAD, 0, 0, _FLAGS_AT), (_ANY_BIT, 0, 1, _NEW_NAMESPACE & ~0xFF), (_RETURN, 0, 0, refuse),
+        (_EQUAL, 0, 4, _CLONE), (_LOAD, 0, 0, _FLAGS_AT), (_ANY_BIT, 0, 1, _NEW_NAMESPACE), (_RETURN, 0, 0, refuse),
         (_RETURN, 0, 0, _ALLOW),
     ]  # fmt: skip
     calls = [step for number in sorted(REFUSED.values()) for step in ((_EQUAL, 0, 1, number), (_RETURN, 0, 0, refuse))]
