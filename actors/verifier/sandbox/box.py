@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from . import bubble, seccomp
 from .bubble import Isolation
@@ -33,7 +34,7 @@ START_S = 30.0
 SLACK_S = 10.0
 """How much later than the wall limit a keeper may report before the sandbox is taken for broken."""
 
-END_S = 5.0
+END_S = 10.0
 """Longest wait for a killed process to be gone."""
 
 MAX_REPORT = 1 << 16
@@ -47,6 +48,7 @@ class Box:
     def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket, complaints: int, folder: str) -> None:
         self._process, self._channel, self._complaints, self._folder = process, channel, complaints, folder
         self._ended = self._reading = False
+        self._inner = -1
 
     async def ready(self) -> None:
         """Waits until it is. Raises SandboxFailed if it does not come up."""
@@ -57,6 +59,7 @@ class Box:
             raise SandboxFailed(f"a sandbox was not ready within {START_S:g} s") from None
         if word != b"ready":
             raise SandboxFailed(f"a sandbox did not start: {bubble.explain(self._complaint())}")
+        self._inner = _child_of(self._process.pid)
 
     async def run(
         self, order: Order, *, stdin: bytes | int = b"", stdout: int | None = None, more: Sequence[int] = ()
@@ -106,12 +109,22 @@ class Box:
             self._channel.close()
         os.close(self._complaints)
         with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGKILL)
+            if self._inner < 0:
+                self._inner = _child_of(self._process.pid)
+            if self._inner < 0:
+                self._process.kill()
+            else:
+                signal.pidfd_send_signal(self._inner, signal.SIGKILL)  # bwrap ends once all of the namespace has.
 
     def reap(self) -> None:
-        """Waits, within END_S, until the process is gone; blocks."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        """Waits, within END_S, until all its processes are gone; blocks."""
+        try:
             self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._inner >= 0:
+            os.close(self._inner)
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -168,6 +181,15 @@ def spawn(isolation: Isolation, whole_usr: bool) -> Box:
             raise SandboxFailed(f"a sandbox could not be started: {error}") from None
         raise
     return Box(process, ours, complaints, folder)
+
+
+def _child_of(pid: int) -> int:
+    """A pidfd of the only child of `pid`; -1 if there is none to be seen."""
+    try:
+        child = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[:1]
+        return os.pidfd_open(int(child[0])) if child else -1
+    except OSError:
+        return -1
 
 
 def _written(order: Order) -> bytes:

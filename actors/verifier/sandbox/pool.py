@@ -21,6 +21,7 @@ from .bubble import Isolation, SandboxUnavailable
 from .order import Order, Outcome, RunLimits, SandboxFailed
 
 PROBE_LIMITS = RunLimits(cpu_s=5.0, wall_s=20.0)
+CLOSED = "the verifier is shutting down"
 PAUSE_S = 0.5
 """After a start that failed, so that a machine in trouble is not kept busy with more of them."""
 
@@ -43,7 +44,7 @@ class SandboxPool:
         """Proves that a program can be run, and begins to keep sandboxes ready. Raises SandboxUnavailable."""
         # Threads of our own: a sandbox dies with the thread that started it, and a pool's threads come and go.
         self._spawner = ThreadPoolExecutor(2, thread_name_prefix="sandbox")
-        self._reaper = ThreadPoolExecutor(2, thread_name_prefix="sandbox-end")
+        self._reaper = ThreadPoolExecutor(4, thread_name_prefix="sandbox-end")
         try:
             python = await asyncio.to_thread(bubble.interpreter, self._isolation.python)
             self.python = python.path
@@ -107,6 +108,8 @@ class SandboxPool:
             self._end(box)
         while not self._ready.empty():
             self._ready.get_nowait()
+        for _ in range(self._waiting):
+            self._ready.put_nowait(SandboxFailed(CLOSED))
         if self._ending:
             await asyncio.wait(self._ending, timeout=2 * END_S)
         for executor in (self._spawner, self._reaper):
@@ -114,7 +117,7 @@ class SandboxPool:
 
     async def _take(self) -> Box:
         if self._closed:
-            raise SandboxFailed("the verifier is shutting down")
+            raise SandboxFailed(CLOSED)
         self._waiting += 1
         self._lacking.set()
         try:
