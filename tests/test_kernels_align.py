@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headrace.kernels import reference, routing, statistics
 from headrace.kernels.build import SOURCES
-from headrace.kernels.launch import KernelSpec, backend, picking
+from headrace.kernels.launch import KernelSpec, backend, launch, picking
 from headrace.kernels.reference import Rows
 
 INDICES = [torch.int32, torch.int64]
@@ -158,6 +158,38 @@ def test_most_experts_and_the_choice_of_the_path():
         with backend(shim), picking(lambda spec, _: {**spec.configs[-1], "ITEMS": 32}):
             assert_same(routing.align(ids, experts, tile=2), by_hand(ids, experts, 2))
         assert shim.launches == names
+
+
+@needs_shim
+@pytest.mark.parametrize("num_pairs", [2**29 - 77, 2**31 - 1])
+def test_the_last_pairs_of_very_many(num_pairs):
+    """Ids, pairs and rows have 2**31 bytes and more; only the last block runs, so hardly any of that is touched."""
+    try:
+        ids, pairs, rows = (torch.empty(num_pairs, dtype=torch.int32) for _ in range(3))
+    except RuntimeError as error:
+        pytest.skip(f"no such memory: {error}")
+    ids[-5000:-500] = -1
+    ids[-500:] = torch.arange(500) % 2
+    starts = torch.tensor([num_pairs - 500, num_pairs - 250], dtype=torch.int32)
+    config = routing.COUNT.configs[-1]
+    counts = torch.full((2, -(-num_pairs // (32 * config["ITEMS"]))), -9, dtype=torch.int32)
+    common = {
+        "device_of": ids,
+        "config": config,
+        "variant": {"INDEX": "int"},
+        "shared_bytes": routing._counters(2, config),
+    }
+    with backend(ShimBackend(1, only_blocks=lambda blocks: [blocks - 1])):
+        grid = routing._blocks(num_pairs, config), config["BLOCK"]
+        launch(routing.COUNT, *grid, (ids, counts, num_pairs, 2), **common)
+        written = counts[:, counts[0] >= 0]
+        assert written.sum(1).tolist() == [250, 250] and written.shape[1] <= config["BLOCK"] // 32
+        counts.zero_()
+        counts[:, -written.shape[1] :] = written.cumsum(1) - written
+        launch(routing.SCATTER, *grid, (ids, counts, starts, pairs, rows, num_pairs, 2), **common)
+    expected = [num_pairs - 500 + i // 2 + 250 * (i % 2) for i in range(500)]
+    assert rows[-500:].tolist() == expected
+    assert [pairs[row].item() for row in expected] == list(range(num_pairs - 500, num_pairs))
 
 
 PLANTED = {

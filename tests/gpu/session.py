@@ -25,17 +25,23 @@ from typing import Any
 import torch
 from case import Case, cases
 
-from headrace.kernels.build import compile_source
+from headrace.kernels.build import ARCHITECTURES, compile_source
+from headrace.kernels.specs import all_specs
 
 EPILOG = """examples:
   tests/gpu/run --json gpu.json --record timings.json    everything, and the files to commit
   tests/gpu/run --only permute --no-tune                 one kernel
+  tests/gpu/run --report                                 registers, spills, shared memory of all, without a GPU
 """
+REPORTED = "    regs spill shared".rjust(21)
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
 def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
+    if options.report:
+        print(_report(options.only))
+        return 0
     if not torch.cuda.is_available():
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
         print(f"tests/gpu/run: no CUDA here ({reason}); the same kernels run on the CPU in bin/test -k kernels")
@@ -66,8 +72,24 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--record", type=Path, metavar="FILE", help="write the timings that bin/bench tuner replays")
     parser.add_argument("--no-tune", action="store_true", help="leave out timing every configuration")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave out compute-sanitizer")
+    parser.add_argument(
+        "--report", action="store_true", help="only compile, and show what each kernel needs; no GPU asked"
+    )
     parser.add_argument("--check-small", action="store_true", help="only check the small sizes (for compute-sanitizer)")
     return parser.parse_args(arguments)
+
+
+def _report(only: str) -> str:
+    """Registers, spilled bytes and static shared memory of every kernel, configuration and architecture."""
+    lines = [f"{'kernel':24}{'macros':36}" + "".join(f"{name:>21}" for name in ARCHITECTURES), " " * 60 + REPORTED * 3]
+    for _, spec in all_specs():
+        for macros in (
+            {**config, **variant} for config in spec.configs for variant in spec.variants if only in spec.name
+        ):
+            used = [compile_source(spec.source, macros, name).usage[spec.name] for name in ARCHITECTURES]
+            cells = "".join(f"{u.registers:8}{u.spill_bytes:6}{u.shared_bytes:7}" for u in used)
+            lines.append(f"{spec.name:24}{' '.join(f'{k}={v}' for k, v in macros.items()):36}{cells}")
+    return "\n".join(lines)
 
 
 def _build(chosen: Sequence[Case]) -> None:
