@@ -3,7 +3,7 @@
     prompts -> rollout (newest version) -> verifier -> reward -> sample pool -> trainer
        ^          ^   partial answers go on, whatever died     |                  |
        |          '------------- weights of version v+1 <------|------------------'
-       '---------- adaptation: sizes that still teach <--------'
+       '---------- questions that still teach <-------------'
 
 Everything heavy is an actor. The controller holds the run's state and nobody else does: each of the others may be
 killed at any moment. A rollout worker that comes back is given the newest weights and goes on with the answers it had
@@ -22,9 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from ..runtime import Actor, Lane, message, timeout
+from ..runtime import Actor, Lane, Ref, message, timeout
 from ..runtime.codec import dumps
 from ..runtime.errors import (
     ActorDied,
@@ -34,14 +32,14 @@ from ..runtime.errors import (
     RuntimeFault,
     StaleIncarnation,
     UnknownActor,
+    UnknownMessage,
 )
 from ..runtime.pool import Entry, Lease
 from ..runtime.rundir import RunSpec
 from .algorithms import Algorithm, Batch, Metrics
 from .algorithms.groups import has_signal
 from .algorithms.load import needs_critic, roles_of
-from .data.adaptation import Adaptation
-from .data.running_sum import RunningSum
+from .data.task import Task
 from .evaluator import Evaluation
 from .evaluator.settings import EvaluationSettings
 from .patience import patiently
@@ -63,6 +61,9 @@ LEASE_S = 600.0
 STATS_S = 2.0
 """Longest wait for numbers that are only shown."""
 
+DRAIN_S = 10.0
+"""How long a run that drains waits for an evaluation: a verifier that does not answer must not hold it up."""
+
 TRAINER = "trainer"
 """Holder of the leases."""
 
@@ -78,7 +79,7 @@ class Controller(Actor):
     """Runs the job from its beginning, or from its last checkpoint, to its end."""
 
     run: RunSpec
-    task: RunningSum
+    task: Task
     sft: SftSettings
     rl: RlSettings
     algorithm: Algorithm
@@ -87,8 +88,8 @@ class Controller(Actor):
     async def start(self) -> None:
         """Takes up the state of the newest checkpoint. Raises ValueError or FileNotFoundError if it is damaged."""
         self.state, self._pool_state = load_state(self.run.path)
-        self.trainer = DurableTrainer(self.workers("trainer", Trainer), self.state)
-        self.critic = DurableCritic(self.workers("critic", Critic), self.state)
+        self.trainer = DurableTrainer(self.worker_group("trainer", Trainer), self.state)
+        self.critic = DurableCritic(self.worker_group("critic", Critic), self.state)
         roles = {"policy": self.trainer, "critic": self.critic}
         self.roles = {name: roles[name] for name in roles_of(self.algorithm.step)}
         self.steps = {"sft": self.sft.steps, "value": self.algorithm.value_steps, "rl": self.rl.steps}
@@ -96,9 +97,9 @@ class Controller(Actor):
         self.verifier, self.reward, self.pool = self.find("verifier"), self.find("reward"), self.find("pool")
         self.stream = stream_policy(self.rl)
         self.ledger = Ledger.restore(self.state.ledger) if self.state.ledger else Ledger()
-        self.adaptation = Adaptation(sizes=self.task.sizes, prior=self.task.size_prior, seed=self.run.seed)
+        self.questions = self.task.questions(self.run.seed)
         if self.state.adaptation:
-            self.adaptation.load_state(self.state.adaptation)
+            self.questions.load_state(self.state.adaptation)
         self.telemetry = Telemetry(self.run.path, self.state.stage, self.state.step, self.state.telemetry)
         self.telemetry.begin(self.steps.get(self.state.stage, self.rl.steps))
         self._rollout_holds = NOTHING
@@ -249,9 +250,7 @@ class Controller(Actor):
     def _new_group(self) -> Group:
         ordinal = self.state.next_ordinal
         self.state.next_ordinal += 1
-        size = self.adaptation.choose(ordinal)
-        (prompt,) = self.task.prompts(self.run.seed, np.array([ordinal]), np.array([size]))
-        return self._group(prompt)
+        return self._group(self.questions.prompt(ordinal))
 
     def _group(self, prompt: Prompt) -> Group:
         return Group(prompt=prompt, trajectories=[Trajectory(member=m) for m in range(self.rl.group_size)])
@@ -263,7 +262,7 @@ class Controller(Actor):
         failure = await self._judge(group)
         if not failure:
             self.telemetry.judged(group)
-            self.adaptation.observe(group.prompt.size, mixed=has_signal(group))
+            self.questions.observe(group, mixed=has_signal(group))
         if not failure and (self.state.stage == "value" or self.algorithm.keeps(group)):
             started, num_tokens = group.oldest_version, group.num_tokens
             key = priority(started, [t.reward for t in group.trajectories], ordinal)
@@ -357,23 +356,42 @@ class Controller(Actor):
     # Measuring and keeping ----------------------------------------------------------------------------------
 
     async def _evaluate(self) -> Row:
-        """Scores the newest version on the fixed problems."""
+        """Scores the newest version on the fixed problems; {} if that does not end soon after the run is to drain."""
         await self._arm()
+        evaluation = asyncio.create_task(self._ask_evaluator(), name=f"{self.name}:evaluation")
+        drained = asyncio.create_task(self._draining.wait())
+        try:
+            await asyncio.wait({evaluation, drained}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({evaluation}, timeout=DRAIN_S)
+            if not evaluation.done():
+                self.log("evaluation_given_up", after_s=DRAIN_S)
+                return {}
+            return self.telemetry.evaluated(self.state.step, evaluation.result())
+        finally:
+            evaluation.cancel()
+            drained.cancel()
+
+    async def _ask_evaluator(self) -> Evaluation:
         evaluation: Evaluation = await patiently(self.evaluator.evaluate)
-        return self.telemetry.evaluated(self.state.step, evaluation)
+        return evaluation
 
     async def _measure(self, metrics: dict[str, float], batch: list[Group], staleness: list[int]) -> Row:
         """The line of metrics of a step; what a dead worker can't say now is left out."""
-        rollout: dict[str, Any] = {}
-        if self._rollout_holds != NOTHING:
-            with suppress(ActorDied, TimeoutError):
-                async with timeout(STATS_S):
-                    rollout = await self.rollout.stats()
+        rollout, verifier = await asyncio.gather(
+            self._stats(self.rollout) if self._rollout_holds != NOTHING else _nothing(), self._stats(self.verifier)
+        )
         step, version = self.state.step, self.state.version
         stage, counts = self.state.stage, self.ledger.counts
         if stage == "rl":
             metrics = metrics | await self._balance(step)
-        return self.telemetry.stream_step(stage, step, version, metrics, batch, staleness, rollout, counts)
+        row = self.telemetry.stream_step(stage, step, version, metrics, batch, staleness, rollout, counts)
+        return {**row, **self.telemetry.verified(verifier), **self.questions.metrics()}
+
+    async def _stats(self, actor: Ref) -> dict[str, Any]:
+        with suppress(ActorDied, TimeoutError, UnknownMessage):
+            async with timeout(STATS_S):
+                return dict(await actor.stats())
+        return {}
 
     async def _balance(self, step: int) -> dict[str, float]:
         """What the balancer says of a step; nothing if there is none, or it fails: nothing else depends on it."""
@@ -406,7 +424,7 @@ class Controller(Actor):
         """Trainer, pool, half-written answers and counters of one moment, as one folder: all of it or nothing."""
         name = f"{self.state.stage}-{self.state.step:06d}"
         parts = await self.critic.checkpoint(name)
-        self.state.adaptation = self.adaptation.state()
+        self.state.adaptation = self.questions.state()
         self.state.ledger = self.ledger.snapshot()
         self.state.telemetry = self.telemetry.snapshot()
         # In this order: a group that enters the pool in between is in both, and the pool takes no id twice.
@@ -428,3 +446,7 @@ class Controller(Actor):
         """Streams what a screen shows, at most a few times a second; ends with the run."""
         async for update in self.telemetry.updates():
             yield update
+
+
+async def _nothing() -> dict[str, Any]:
+    return {}

@@ -21,7 +21,7 @@ from ..runtime.rundir import RunDirectory, RunSpec, write_atomically
 from ..runtime.toml import ConfigError, Document
 from .algorithms import Algorithm
 from .algorithms.load import load_algorithm, needs_critic
-from .data.running_sum import RunningSum
+from .data import TASKS, RunningSum, Task
 from .evaluator.settings import EvaluationSettings
 from .model.config import ModelConfig
 from .stream.policy import stream_policy
@@ -36,7 +36,8 @@ TABLES = {
     "critic": CriticSettings,
     "evaluation": EvaluationSettings,
 }
-"""The dataclass of each; that of `[algorithm]` is a base, the algorithm itself is named in `[rl]`."""
+"""The dataclass of each; that of `[algorithm]` is a base, the algorithm itself is named in `[rl]`, and `[task]` is of
+another class where its `kind` says so."""
 
 ROLES = ("controller", "rollout", "verifier", "reward", "pool", "trainer", "evaluator")
 """Actors that the controller asks for by name."""
@@ -51,7 +52,7 @@ class Job:
 
     cluster: ClusterSpec
     model: ModelConfig
-    task: RunningSum
+    task: Task
     sft: SftSettings
     rl: RlSettings
     algorithm: Algorithm
@@ -99,9 +100,11 @@ class Job:
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """Reads and checks a cluster.toml with `--set` arguments ("rl.steps=20"). Raises ConfigError."""
     document = toml.read(path, overrides)
-    cluster, tables = load_cluster(document, {**TABLES, "algorithm": _algorithm(document)})
+    classes = {**TABLES, "algorithm": _algorithm(document), "task": _task_class(document)}
+    cluster, tables = load_cluster(document, classes)
     job = Job(cluster=cluster, **tables)
     _check_roles(document, job)
+    _check_task(document, job)
     _check_algorithm(document, job)
     _check_lengths(document, job)
     _check_stream(document, job)
@@ -146,6 +149,22 @@ def _check_algorithm(document: Document, job: Job) -> None:
             f"must be at most [rl] groups_per_step ({rl.groups_per_step}), got {job.critic.mini_batches}; an update "
             "needs a group",
         )
+
+
+def _task_class(document: Document) -> type:
+    table = document.table.get("task", {})
+    kind = table.get("kind", "running_sum") if isinstance(table, dict) else "running_sum"
+    if kind not in TASKS:
+        hint = toml.nearest(str(kind), TASKS, otherwise=f"; known are {', '.join(TASKS)}")
+        raise document.error(("task", "kind"), f"there is no task {toml.dump_value(kind)}{hint}")
+    return TASKS[kind]
+
+
+def _check_task(document: Document, job: Job) -> None:
+    try:
+        job.task.check(job.rl.max_new_tokens)
+    except ValueError as error:
+        raise document.error(("task",), str(error)) from None
 
 
 def _check_lengths(document: Document, job: Job) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 
 from .evaluator import Evaluation
 from .evaluator.actor import CANDIDATES
-from .report import MetricsWriter, Row, rewind_metrics
+from .report import STAGES, MetricsWriter, Row, rewind_metrics
 from .types import Group
+from .verifier.metrics import COUNTS
 
 UPDATE_S = 0.25
 """Shortest time between two updates of a screen."""
@@ -48,6 +49,8 @@ class Telemetry:
         self._publish_s: float | None = None
         self._judged = [0, 0]
         self._rollout = {"tokens": 0.0, "steps": 0.0, "busy_s": 0.0}
+        self._verifier: dict[str, float] = dict(totals.get("verifier", {}))
+        self.verdicts: Counter[str] = Counter(totals.get("verdicts", {}))
         self._changed = asyncio.Event()
         self._reason: str | None = None
 
@@ -61,6 +64,7 @@ class Telemetry:
         return {
             "elapsed_s": self.elapsed_s, "stages": self._stage_seconds(), "tokens": dict(self.tokens),
             "staleness": dict(self.staleness), "evaluations": self.evaluations, "samples": self._samples,
+            "verifier": self._verifier, "verdicts": dict(self.verdicts),
         }  # fmt: skip
 
     def begin(self, num_steps: int) -> None:
@@ -150,6 +154,23 @@ class Telemetry:
         self._waited_s, self._publish_s = 0.0, None
         return row
 
+    def verified(self, stats: dict[str, float]) -> Row:
+        """What belongs into the row of a step of the verifier's `stats` (VerdictMetrics.snapshot), {} if it did not
+        answer: totals go on over its restarts."""
+        again = stats.get("since") == self._verifier.get("since")
+        for name, now in stats.items():
+            if name in COUNTS or name.startswith("errors/"):
+                self.verdicts[name] += int(now - (self._verifier.get(name, 0) if again else 0))
+        self._verifier = stats or self._verifier
+        if not self._verifier:
+            return {}
+        outcomes = ("correct", "incorrect", "graded", "errors", "cache_hits")
+        return {
+            "verifier_verdicts": sum(self.verdicts[name] for name in outcomes),
+            **{f"verifier_{name}": count for name, count in self.verdicts.items()},
+            **{f"verifier_{name}": value for name, value in self._verifier.items() if name.startswith("latency_")},
+        }
+
     def write(self, row: Row) -> None:
         """Puts a row into the files; what was learned since it was made may have been added."""
         self._writer.write(**row)
@@ -161,6 +182,7 @@ class Telemetry:
                 "stage": self.stage, "step": step, "version": evaluation.version, "n": evaluation.n,
                 "pass_at_1": evaluation.pass_at_1, "greedy": evaluation.greedy,
                 "by_size": {str(size): list(scores) for size, scores in evaluation.by_size.items()},
+                "by_dataset": {name: list(scores) for name, scores in evaluation.by_dataset.items()},
             }
         )  # fmt: skip
         self._samples[self.stage] = [
@@ -248,7 +270,7 @@ class Telemetry:
         seconds = dict(self.stages)
         if self._reason is None and self.stage in seconds:
             seconds[self.stage] += time.monotonic() - self._stage_started
-        return seconds
+        return {stage: seconds[stage] for stage in STAGES if stage in seconds}
 
     def _since_last(self, rollout: dict[str, Any]) -> tuple[float, float, float]:
         """Tokens, decode steps and busy seconds since the previous step; a restarted worker counts from zero."""

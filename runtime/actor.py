@@ -172,7 +172,7 @@ class Actor:
             raise RuntimeError(f"{type(self).__name__}.find({name!r}): this actor is not in a running system")
         return self._node.ref(name)
 
-    def workers(self, name: str, kind: type[Worker]) -> WorkerGroup:
+    def worker_group(self, name: str, kind: type[Worker]) -> WorkerGroup:
         """The worker group `name` of this system, of ranks of class `kind`: one, or as many as were declared."""
         from .worker_group import WorkerGroup
 

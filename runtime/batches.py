@@ -1,8 +1,8 @@
 """Batches as plain values: counted, cut and joined along their first dimension.
 
 A batch is an array, a list, or a dict or dataclass of such: sample i is element i of each. What else is in it (numbers,
-texts, None, tuples, arrays without dimensions) belongs to the batch as a whole and goes with every part. Parts of arrays
-are views. Knows nothing of ranks.
+texts, None, tuples, arrays without dimensions) belongs to the batch as a whole and goes with every part. Parts of
+arrays are views. Knows nothing of ranks.
 """
 
 from __future__ import annotations
@@ -58,6 +58,20 @@ def join(values: Sequence[Any], empty: Empty = np.empty) -> Any:
         names = [f.name for f in dataclasses.fields(first) if f.init]
         return dataclasses.replace(first, **{n: join([getattr(v, n) for v in values], empty) for n in names})
     return list(values)
+
+
+def arrays(value: Any) -> list[np.ndarray]:
+    """Those that are a batch, or a part of a dict or dataclass; not those in lists."""
+    if isinstance(value, np.ndarray):
+        return [value]
+    return [] if isinstance(value, list) else [array for _, inner in _items(value) for array in arrays(inner)]
+
+
+def with_arrays(value: Any, others: dict[int, np.ndarray]) -> Any:
+    """The same batch with other arrays, by the `id` of those in whose place they are."""
+    if isinstance(value, np.ndarray):
+        return others.get(id(value), value)
+    return _map(value, lambda inner: with_arrays(inner, others))
 
 
 def nbytes(value: Any) -> int:

@@ -7,9 +7,9 @@
                       every other key is a field of that class
     [ANYTHING ELSE]   a table that the caller names together with a dataclass
 
-An actor field named like a table, and annotated with that table's dataclass or a base of it, receives the table. All
-values are checked here; nothing is started, no file is written. Knows nothing of what the actors or the other tables
-are for.
+An actor field named like a table, and annotated with that table's dataclass, a base of it or a protocol that it
+fulfils, receives the table. All values are checked here; nothing is started, no file is written. Knows nothing of what
+the actors or the other tables are for.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .actor import Actor
 from .launcher import NodeSpec
-from .layout import Layout
+from .layout import ONE
 from .rundir import RunSpec
 from .strategy import ROOT_GROUP, Strategy
 from .supervisor import RestartPolicy
@@ -120,7 +120,7 @@ class ClusterSpec:
 
 _POLICY_KEYS = tuple(f.name for f in fields(RestartPolicy))
 _ACTOR_KEYS = ("class", "node", "group", "ranks", *_POLICY_KEYS)
-_OF_RANKS: dict[str, Any] = {"rank": 0, "layout": Layout()}
+_OF_RANKS: dict[str, Any] = {"rank": 0, "layout": ONE}
 """Fields of a Worker that say which rank it is: nobody writes them down."""
 
 
@@ -354,13 +354,11 @@ def field_types(cls: type) -> dict[str, Any]:
 def _given_to(cls: type, shared: Mapping[str, Any]) -> dict[str, Any]:
     types = field_types(cls)
     own = _OF_RANKS if issubclass(cls, Worker) else {}
-    return own | {
-        name: value for name, value in shared.items() if _is_class(types.get(name)) and isinstance(value, types[name])
-    }
+    return own | {name: value for name, value in shared.items() if _fits(value, types.get(name))}
 
 
-def _is_class(hint: Any) -> bool:
-    return isinstance(hint, type) and is_dataclass(hint)
+def _fits(value: Any, hint: Any) -> bool:
+    return isinstance(hint, type) and isinstance(value, hint)
 
 
 def _table(document: Document, keys: Keys) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What each rank of a worker group is given, and whose answers count: HybridFlow's protocols (arXiv 2409.19256, table 3).
+"""What each rank of a worker group is given, and whose answers count: HybridFlow's protocols (2409.19256, table 3).
 
     @dispatch(THREE_D)                            prompts --cut over d--> every rank of a replica gets the same part
     @message(thread=True)                         answers <--joined------ rank t=0 of the last stage of each replica
@@ -13,9 +13,9 @@
     PP_ONLY      the same arguments to every rank                a list, from d=0, t=0 of each stage
     RANK_ZERO    to rank 0 alone                                 what it says
 
-Batches (batches.py) are cut into parts of the same size, since ranks meet in collectives: the last one is filled up with
-samples from the beginning, whose results are dropped. `Whole(x)` sends a list or an array as it is to every rank. Knows
-nothing of actors; a protocol of one's own is a Protocol.
+Batches (batches.py) are cut into parts of the same size, since ranks meet in collectives: the last one is filled up
+with samples from the beginning, whose results are dropped. `Whole(x)` sends a list or an array as it is to every rank.
+Knows nothing of actors; a protocol of one's own is a Protocol.
 """
 
 from __future__ import annotations

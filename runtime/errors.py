@@ -88,8 +88,8 @@ class BadSample(RuntimeFault):
 
 
 class BatchGone(RuntimeFault):
-    """A batch that stayed with the ranks that made it is not there any more: released, or the ranks were restarted. Make
-    it again."""
+    """A batch that stayed with the ranks that made it is not there any more: released, or the ranks were restarted.
+    Make it again."""
 
 
 class BatchesFull(RuntimeFault):

@@ -57,3 +57,7 @@ class Layout:
     def rank(self, p: int, d: int, t: int) -> int:
         """The rank at a place; a negative coordinate counts from the end, as p=-1 for the last stage."""
         return (p % self.pp * self.dp + d % self.dp) * self.tp + t % self.tp
+
+
+ONE = Layout()
+"""One rank."""

@@ -17,13 +17,16 @@ from typing import Any, ClassVar
 from .actor import Actor, message
 from .batches import count, join, nbytes
 from .batches import part as cut
-from .errors import BatchGone, BatchesFull
-from .layout import Layout
+from .errors import BatchesFull, BatchGone
+from .layout import ONE, Layout
 from .mailbox import Lane
 from .remote_batch import RemoteBatch, RemotePart
 
 ANSWER, DROP = "", "-"
 """Keys of `run_method` for a result that is to be answered, and for one that nobody needs."""
+
+ALIKE = (ValueError, ArithmeticError)
+"""Errors that come of what all ranks were given: all raise them, and are left in the same state."""
 
 LONGEST_S = 3600.0
 """A call of `run_method` comes with the deadline of the method."""
@@ -38,11 +41,14 @@ class Worker(Actor):
 
     rank: int = 0
     """Its number in the group."""
-    layout: Layout = Layout()
+    layout: Layout = ONE
     """How the ranks are arranged."""
 
     async def together(
-        self, function: Callable[..., Any], *args: Any, alike: tuple[type[Exception], ...] = (ValueError, ArithmeticError)
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        alike: tuple[type[Exception], ...] = ALIKE,
     ) -> Any:
         """Runs on the actor's own thread what the ranks of a group compute together, and returns its result.
 
@@ -85,24 +91,24 @@ class Worker(Actor):
     async def forget_parts(self, keys: list[str]) -> None:
         """Keeps these no longer; those that are not kept are no error."""
         for key in keys:
-            self._kept().pop(key, None)
+            self._kept_batches().pop(key, None)
 
     @message(concurrent=True, lane=Lane.CONTROL)
     async def kept_bytes(self) -> int:
         """Of the arrays that are kept here."""
-        return sum(map(nbytes, self._kept().values()))
+        return sum(map(nbytes, self._kept_batches().values()))
 
     def _keep(self, key: str, result: Any) -> list[int]:
         samples, size = count(result), nbytes(result)
         if samples is None:
             raise ValueError(f"its result can't be kept as a batch: it is {type(result).__name__} without samples")
-        held = sum(map(nbytes, self._kept().values()))
+        held = sum(map(nbytes, self._kept_batches().values()))
         if held + size > self.max_kept_bytes:
             raise BatchesFull(
-                f"{self.name} keeps {held} bytes for others, {size} more would pass its bound of {self.max_kept_bytes}; "
-                "release batches that are not needed any more"
+                f"{self.name} keeps {held} bytes for others, {size} more would pass its bound of "
+                f"{self.max_kept_bytes}; release batches that are not needed any more"
             )
-        self._kept()[key] = result
+        self._kept_batches()[key] = result
         return [samples, size]
 
     async def _fetched(self, value: Any) -> Any:
@@ -116,11 +122,11 @@ class Worker(Actor):
         return await self.find(part.owner).kept_part(part.key, part.start, part.stop)
 
     def _kept_under(self, key: str) -> Any:
-        if key not in self._kept():
+        if key not in self._kept_batches():
             raise BatchGone(f"{self.name} keeps no batch {key}: it was released, or the group has been restarted since")
-        return self._kept()[key]
+        return self._kept_batches()[key]
 
-    def _kept(self) -> dict[str, Any]:
+    def _kept_batches(self) -> dict[str, Any]:
         kept: dict[str, Any] = self.__dict__.setdefault("_batches", {})
         return kept
 

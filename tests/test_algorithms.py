@@ -174,16 +174,13 @@ def refusal(name: str) -> str:
         ("algorithm_mistakes:Minee", 'algorithm_mistakes has no Minee; did you mean "Mine"?'),
         ("algorithm_mistakes:NoAlgorithm", "must be a class derived from headrace.actors.algorithms.Algorithm"),
         ("algorithm_mistakes:NoDataclass", "marked @dataclass(frozen=True, kw_only=True)"),
-        ("algorithm_mistakes:NoStep", "step is missing; it must be `async def step(self, batch, *, policy)`"),
-        ("algorithm_mistakes:PlainStep", "step must be `async def step(self, batch, *, policy)`, got no coroutine"),
-        ("algorithm_mistakes:OtherRole", "roles are policy and critic; got (self, batch: 'Batch', *, actor: 'Any')"),
-        (
-            "algorithm_mistakes:NoPolicy",
-            "step(self, batch, *, policy)`, got (self, batch: 'Batch', *, critic: 'Any') -> 'Metrics'",
-        ),
-        ("algorithm_mistakes:NoPretrain", "pretrain is missing"),
-        ("algorithm_mistakes:plain", "is a plain function; it must be `async def`"),
-        ("algorithm_mistakes:no_policy", "step must be `async def step(self, batch, *, policy)`"),
+        ("algorithm_mistakes:NoStep", "step is missing; it must be `async def` and take (batch, *, policy)"),
+        ("algorithm_mistakes:PlainStep", "step must be `async def` and take (batch, *, policy), got a plain function"),
+        ("algorithm_mistakes:OtherRole", "roles are policy and critic; got (batch: 'Batch', *, actor: 'Any')"),
+        ("algorithm_mistakes:NoPolicy", "take (batch, *, policy), got (batch: 'Batch', *, critic: 'Any') -> 'Metrics'"),
+        ("algorithm_mistakes:NoPretrain", "pretrain is missing; it must be `async def` and take (batch, *, critic)"),
+        ("algorithm_mistakes:plain", "plain: step must be `async def` and take (batch, *, policy), got a plain"),
+        ("algorithm_mistakes:no_policy", "step must be `async def` and take (batch, *, policy), got (batch: 'Batch')"),
     ],
 )
 def test_each_mistake_of_a_users_algorithm_gets_one_message(name: str, expected: str) -> None:

@@ -16,7 +16,6 @@ from headrace.actors.algorithms import (
     Batch,
     adaptive_lambda,
     advantages,
-    explained_variance,
     gae,
     group_advantages,
     returns_to_go,
@@ -121,14 +120,6 @@ def test_whitened_numbers_have_mean_zero_and_deviation_one(rows: list[list[float
     if np.concatenate(arrays).astype(np.float64).std() > 1e-3:
         assert flat.mean() == pytest.approx(0, abs=1e-3) and flat.std() == pytest.approx(1, abs=1e-3)
     assert np.isfinite(flat).all() and [len(row) for row in whiten(arrays)] == [len(row) for row in rows]
-
-
-def test_explained_variance() -> None:
-    returns = [np.array([1.0, -1.0]), np.array([1.0, 1.0])]
-    assert explained_variance(returns, returns) == 1
-    assert explained_variance(returns, [np.full(2, 0.5), np.full(2, 0.5)]) == 0
-    assert explained_variance(returns, [-r for r in returns]) == pytest.approx(-3)
-    assert explained_variance([np.ones(3)], [np.zeros(3)]) == 0
 
 
 def test_group_advantages_are_of_each_group_alone() -> None:

@@ -139,6 +139,19 @@ def test_the_mean_over_responses_weighs_each_response_alike() -> None:
     assert float(by_response) == pytest.approx(-(2 - 1) / 2) and float(by_token) == pytest.approx(-(2 - 3) / 4)
 
 
+@pytest.mark.parametrize("dual_clip", [0.0, 3.0])
+def test_the_gradient_of_the_mean_over_responses_is_that_of_finite_differences(dual_clip: float) -> None:
+    random = torch.Generator().manual_seed(1)
+    old = torch.randn(12, generator=random, dtype=torch.float64)
+    new = (old + 0.7 * torch.randn(12, generator=random, dtype=torch.float64)).requires_grad_()
+    advantage = torch.randn(12, generator=random, dtype=torch.float64)
+    weight = torch.rand(12, generator=random, dtype=torch.float64)
+    objective = replace(CLIP, dual_clip=dual_clip)
+    assert torch.autograd.gradcheck(
+        lambda x: policy_loss(x, old, advantage, objective, total=3, weight=weight).loss, (new,)
+    )
+
+
 def test_tokens_of_weight_zero_have_no_gradient() -> None:
     new = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     loss = policy_loss(new, torch.zeros(3) - 2, torch.ones(3), CLIP, total=2, weight=torch.tensor([1.0, 0, 1])).loss

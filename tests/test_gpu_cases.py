@@ -58,6 +58,8 @@ def test_differences_are_seen():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_cuda_the_script_says_so():
-    done = subprocess.run([str(HERE / "run")], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", str(HERE / "run")], capture_output=True, text=True, timeout=100, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert "no CUDA here" in done.stdout and "Traceback" not in done.stderr

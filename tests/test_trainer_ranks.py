@@ -35,7 +35,7 @@ def add_up(gang: Gang) -> list[Any]:
     gang.sum_gradients(parameters)
     values = np.array([gang.rank, -gang.rank, 0.1 * (gang.rank + 1)])
     grads = [p.grad.numpy() for p in parameters if p.grad is not None]
-    return [*grads, gang.sum(values), gang.max(values), np.array(gang.share(range(1, 30)))]
+    return [*grads, gang.sum(values), gang.max(values), np.concatenate(gang.micro_batches(range(1, 30), 100))]
 
 
 def wait_for_the_dead(gang: Gang) -> list[Any]:
@@ -122,7 +122,7 @@ def test_a_rank_that_dies_or_never_comes_is_an_error_for_the_others_in_bounded_t
 
 
 def test_one_process_does_it_all() -> None:
-    assert ALONE.share([3, 1, 2]) == [0, 1, 2]
+    assert sorted(ALONE.micro_batches([3, 1, 2], 4)) == [[0], [1, 2]]
     parameter = torch.nn.Parameter(torch.zeros(2))
     ALONE.sum_gradients([parameter])
     assert parameter.grad is None

@@ -103,6 +103,20 @@ def test_it_learns_to_tell_the_outcome() -> None:
     assert metrics[0].keys() <= METRICS.keys()
 
 
+def test_explained_variance_is_one_less_the_share_of_the_variance_that_is_left() -> None:
+    learner, batch = critic(learning_rate=3e-3), groups(4)
+    for _ in range(8):
+        said = np.concatenate(learner.values(batch)).astype(np.float64)
+        metrics = learner.update(update(batch))
+        returns = np.concatenate(update(batch).returns).astype(np.float64)
+        assert metrics["explained_variance"] == pytest.approx(1 - (returns - said).var() / returns.var(), abs=1e-4)
+        assert metrics["value_mean"] == pytest.approx(said.mean(), abs=1e-5)
+    same = groups(2)
+    for trajectory in (t for group in same for t in group.trajectories):
+        trajectory.reward = 1.0
+    assert learner.update(update(same))["explained_variance"] == 0, "all returns are the same"
+
+
 def test_resuming_is_exact_to_the_bit() -> None:
     straight, stopped = critic(mini_batches=2), critic(mini_batches=2)
     for step in range(4):

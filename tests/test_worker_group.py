@@ -24,7 +24,6 @@ from headrace.runtime.errors import (
     BadSample,
     BatchesFull,
     BatchGone,
-    DeadlineExceeded,
     RankError,
     RemoteError,
 )
@@ -93,7 +92,7 @@ def test_parts_of_arrays_are_views() -> None:
 
 
 def test_what_is_no_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match="argument 0, y has 2 samples|argument 0, x has 3 samples, argument 0, y has 2"):
+    with pytest.raises(ValueError, match="argument 0, x has 3 samples, argument 0, y has 2"):
         split(Arguments(({"x": [1, 2, 3], "y": np.zeros(2)},), {}), 2)
     with pytest.raises(ValueError, match="the batch is empty"):
         split(Arguments(([],), {}), 2)
@@ -171,6 +170,15 @@ async def test_a_batch_stays_with_the_ranks_and_goes_from_rank_to_rank() -> None
             one.whoami.keep()
 
 
+async def test_a_call_that_fails_leaves_nothing_behind() -> None:
+    async with System() as system, ranks(Layout(2), "a", system) as group:
+        with pytest.raises(RankError, match="rank 0 has kept its part"):
+            await group.fussy.keep(np.ones((4, 2)))
+        async with timeout(10):
+            while await system.find("a").kept_bytes():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
 async def test_only_the_rank_that_counts_keeps_a_batch() -> None:
     async with System() as system, ranks(Layout(dp=1, tp=2), "a", system) as group:
         kept = await group.sums.keep(np.ones((4, 2)))
@@ -183,7 +191,7 @@ async def test_an_error_names_the_rank_and_the_sample_as_the_caller_counts() -> 
         with pytest.raises(BadSample, match=r"sample 4: -5 is negative \(found by rank 2 of ranks") as bad:
             await group.picky([1, 2, 3, 4, -5])
         assert bad.value.index == 4
-        with pytest.raises(RankError, match="rank 1 of ranks .*thirteen") as raised:
+        with pytest.raises(RankError, match=r"rank 1 of ranks .*thirteen") as raised:
             await group.picky([1, 2, 13, 4, 5])
         assert raised.value.rank == 1 and raised.value.remote_type == "ArithmeticError"
         assert isinstance(raised.value, RemoteError)
@@ -201,10 +209,11 @@ async def test_deadline_and_cancellation_reach_every_rank() -> None:
         refs = [group._node.ref(name) for name in group.names]
 
         async def waiting(wanted: int) -> None:
-            while [await ref.num_waiting() for ref in refs] != [wanted, wanted]:
+            while [await ref.num_waiting() for ref in refs] != [wanted, wanted]:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
-        with pytest.raises(DeadlineExceeded, match="rank 0"):
+        # On a busy loop the block itself may end first; else the error names a rank and what it was asked.
+        with pytest.raises(TimeoutError, match=r"^$|rank [01] of ranks"):
             async with timeout(0.3):
                 await group.hang([1, 2])
         await asyncio.wait_for(waiting(0), 10)
@@ -225,7 +234,7 @@ async def test_a_rank_is_killed_and_the_gang_restarts_as_one() -> None:
         call = group.hang([1, 2])
         await asyncio.sleep(0.05)
         os.kill(pids[1], signal.SIGKILL)
-        with pytest.raises(ActorDied, match="rank [01] of ranks"):
+        with pytest.raises(ActorDied, match=r"rank [01] of ranks"):
             await call
         async with timeout(30):
             while True:
@@ -237,3 +246,23 @@ async def test_a_rank_is_killed_and_the_gang_restarts_as_one() -> None:
         with pytest.raises(BatchGone):
             await group.fetch(kept)
         assert await group.picky([3, 4, 5]) == [3, 4, 5]
+
+
+async def test_large_arrays_are_lent_and_given_back() -> None:
+    """Cut, sent, answered, joined and kept by shared memory, wherever they were made."""
+    async with ranks(Layout(3)) as group:
+        node = group._node
+        rows = node.empty((3000, 64), np.float64)  # 1.5 MB: 512 KB for each rank
+        rows[:] = np.arange(rows.size).reshape(rows.shape)
+        more = np.ones_like(rows)
+        for _ in range(3):
+            out = await group.add(rows, more)
+            assert np.array_equal(out, rows + 1)
+            kept = await group.add.keep(out, more)
+            there = await group.fetch(kept)
+            assert np.array_equal(there, rows + 2)
+            await group.release(kept)
+        del out, there
+        async with timeout(10):
+            while node.lending.arena.in_use()["leases"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # The ranks have answered, and are about to drop what they were given.

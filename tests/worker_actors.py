@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from headrace.actors.algorithms.updates import PolicyUpdate
+from headrace.actors.trainer import Trainer
 from headrace.runtime import message
 from headrace.runtime.dispatch import (
     ALL_TO_ALL,
@@ -116,6 +119,15 @@ class Rank(Worker):
 
     @dispatch(DP)
     @message
+    async def fussy(self, rows: np.ndarray) -> np.ndarray:
+        if self.rank:
+            while not await self.find(self.name.partition("/")[0]).kept_bytes():  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            raise ArithmeticError("rank 0 has kept its part")
+        return rows + 1
+
+    @dispatch(DP)
+    @message
     async def hang(self, numbers: list[int]) -> list[int]:
         self.waiting += 1
         try:
@@ -132,3 +144,23 @@ class Rank(Worker):
     @message(concurrent=True)
     async def num_waiting(self) -> int:
         return self.waiting
+
+
+@dataclass(kw_only=True)
+class LonelyError(Trainer):
+    """A trainer of which the second rank once, in step 2, has no memory left, while the others wait for it."""
+
+    flag: str
+    """Path of a file that says it has happened."""
+
+    async def start(self) -> None:
+        await super().start()
+        step = self._learner.rl_step
+
+        def fragile(update: PolicyUpdate) -> dict[str, float]:
+            if self.rank == 1 and self._learner.step == 1 and not Path(self.flag).exists():
+                Path(self.flag).touch()
+                raise MemoryError("no memory for rank 1")
+            return step(update)
+
+        self._learner.rl_step = fragile  # type: ignore[method-assign]

@@ -8,7 +8,6 @@ Importing this package imports no torch.
 """
 
 from .advantages import adaptive_lambda as adaptive_lambda
-from .advantages import explained_variance as explained_variance
 from .advantages import gae as gae
 from .advantages import group_advantages as group_advantages
 from .advantages import returns_to_go as returns_to_go

@@ -98,16 +98,6 @@ def whiten(advantages: Sequence[np.ndarray]) -> Tokens:
     return [np.asarray((row - mean) * scale, np.float32) for row in advantages]
 
 
-def explained_variance(returns: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> float:
-    """1 - Var(return - value) / Var(return) over all tokens: 1 is a perfect critic, 0 one that knows the mean.
-
-    0 if all returns are the same.
-    """
-    target = np.concatenate(list(returns)).astype(np.float64)
-    left = target - np.concatenate(list(values))
-    return float(1 - left.var() / target.var()) if target.var() > _MIN_STD**2 else 0.0
-
-
 def _chunks(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Indices of responses of like length, longest first, so many that their padded table is small."""
     chunk: list[int] = []

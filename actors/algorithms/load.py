@@ -38,7 +38,7 @@ def load_algorithm(name: str) -> type[Algorithm]:
         hint = nearest(name, BUILT_IN, otherwise=f"; built in are {', '.join(BUILT_IN)}")
         raise ValueError(f'must be a built-in algorithm or "module:Name" of your own, got "{name}"{hint}')
     found = _import(name)
-    cls = _from_coroutine(name, found) if inspect.isfunction(found) else found
+    cls = _from_function(found) if inspect.isfunction(found) else found
     if not (isinstance(cls, type) and issubclass(cls, Algorithm) and "__dataclass_fields__" in vars(cls)):
         raise ValueError(
             f"{name} must be a class derived from headrace.actors.algorithms.Algorithm, marked "
@@ -60,43 +60,31 @@ def needs_critic(algorithm: Algorithm) -> bool:
 
 def check_signatures(cls: type[Algorithm], name: str) -> None:
     """Raises ValueError unless `step`, and `pretrain` if there is one, can be called as the controller does."""
-    _check(cls.step, f"{name}: step", needs="policy")
+    blank = object.__new__(cls)
+    _check(blank.step, cls.step is Algorithm.step, f"{name}: step", needs="policy")
     if cls.value_steps is not Algorithm.value_steps or cls.pretrain is not Algorithm.pretrain:
-        _check(cls.pretrain, f"{name}: pretrain", needs="critic")
+        _check(blank.pretrain, cls.pretrain is Algorithm.pretrain, f"{name}: pretrain", needs="critic")
 
 
-def _check(coroutine: Any, what: str, *, needs: str) -> None:
-    rule = f"must be `async def {what.rpartition(' ')[2]}(self, batch, *, {needs})`"
-    if coroutine in (Algorithm.step, Algorithm.pretrain):
+def _check(coroutine: Any, missing: bool, what: str, *, needs: str) -> None:
+    rule = f"must be `async def` and take (batch, *, {needs})"
+    if missing:
         raise ValueError(f"{what} is missing; it {rule}")
     if not inspect.iscoroutinefunction(coroutine):
-        raise ValueError(f"{what} {rule}, got no coroutine")
+        raise ValueError(f"{what} {rule}, got a plain function; it waits for the roles")
     signature = inspect.signature(coroutine)
     try:
-        signature.bind(None, None, **dict.fromkeys(roles_of(coroutine)))
+        signature.bind(None, **dict.fromkeys(roles_of(coroutine)))
     except TypeError as error:
         raise ValueError(f"{what} {rule}; roles are {' and '.join(ROLES)}; got {signature} ({error})") from None
     if needs not in signature.parameters:
         raise ValueError(f"{what} {rule}, got {signature}")
 
 
-def _from_coroutine(name: str, coroutine: Any) -> type[Algorithm]:
-    """A class whose step is the coroutine."""
-    if not inspect.iscoroutinefunction(coroutine):
-        raise ValueError(f"{name} is a plain function; it must be `async def`, for it waits for the roles")
-    own = coroutine
-
-    async def step(self: Algorithm, *args: Any, **kwargs: Any) -> Any:
-        return await own(*args, **kwargs)
-
-    signature = inspect.signature(coroutine)
-    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    parameters = list(signature.parameters.values())
-    if parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
-        parameters[0] = parameters[0].replace(kind=inspect.Parameter.POSITIONAL_ONLY)
-    step.__signature__ = signature.replace(parameters=[first, *parameters])  # type: ignore[attr-defined]
-    members = {"step": step, "__doc__": coroutine.__doc__, "__module__": coroutine.__module__}
-    return dataclass(frozen=True, kw_only=True)(type(coroutine.__name__, (Algorithm,), members))
+def _from_function(function: Any) -> type[Algorithm]:
+    """A class whose step is the function."""
+    members = {"step": staticmethod(function), "__doc__": function.__doc__, "__module__": function.__module__}
+    return dataclass(frozen=True, kw_only=True)(type(function.__name__, (Algorithm,), members))
 
 
 def _import(path: str) -> Any:

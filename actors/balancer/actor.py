@@ -53,7 +53,7 @@ class Balancer(Actor):
             horizon_steps=self.horizon_steps, move_pairs=self.move_pairs,
         )  # fmt: skip
         self._fleet = Fleet(terms)
-        self._trainer = self.workers("trainer", Trainer) if self.name else None
+        self._trainer = self.worker_group("trainer", Trainer) if self.name else None
         self._step = 0
 
     def snapshot(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ...runtime.exchange import Manifest, Publisher
 from ...runtime.rundir import RunSpec
 from ...runtime.worker import Worker
 from ..algorithms.updates import PolicyUpdate
-from ..data.running_sum import RunningSum, curriculum
+from ..data.task import Task
 from ..model.config import ModelConfig
 from ..run_state import latest_checkpoint
 from . import checkpoint as checkpoints
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Trainer(Worker):
-    """One rank of the trainer, or all of it. Its torch runs on the actor's own thread, so the node answers while a step computes."""
+    """One rank of the trainer, or all of it. Its torch runs on the actor's own thread, so its node answers."""
 
     run: RunSpec
     model: ModelConfig
-    task: RunningSum
+    task: Task
     sft: SftSettings
     rl: RlSettings
     keep_checkpoints: Annotated[int, Ge(1)] = 2
@@ -94,7 +94,7 @@ class Trainer(Worker):
         learner, settings = self._learner, self.sft
         metrics: dict[str, float] = {}
         while learner.stage == "sft" and learner.step < until:
-            size = curriculum(learner.step, settings.steps, self.task.max_operands)
+            size = self.task.largest_size(learner.step, settings.steps)
             ordinals = np.arange(learner.step * settings.batch, (learner.step + 1) * settings.batch)
             examples = self.task.demonstrations(self.run.seed, ordinals, size)
             metrics = learner.sft_step([(e.prompt.tokens, e.response) for e in examples]) | {"max_size": size}
@@ -106,7 +106,7 @@ class Trainer(Worker):
         """A checksum of the weights: the same on all ranks."""
         checksum = 0
         for array in self._learner.weights().values():
-            checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+            checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
         return checksum
 
     @dispatch(SPMD)

@@ -34,7 +34,7 @@ PART = "critic"
 
 @dataclass(kw_only=True)
 class Critic(Worker):
-    """One rank of the critic, or all of it. Its torch runs on the actor's own thread, so the node answers while a step computes."""
+    """One rank of the critic, or all of it. Its torch runs on the actor's own thread, so its node answers."""
 
     run: RunSpec
     model: ModelConfig

@@ -64,68 +64,70 @@ def balance(loads: Sequence[float], num_bins: int, *, equal_counts: bool = False
     if not len(loads):
         return [[] for _ in range(num_bins)]
     weights = np.asarray(loads, np.float64)
-    leaves = _blocks(weights, num_bins) if equal_counts else _singles(weights, num_bins)
-    bins = _bins(_combine(leaves), num_bins)
+    leaves, items = _blocks(weights, num_bins) if equal_counts else _singles(weights, num_bins)
+    bins = _bins(_combine(leaves), items, num_bins)
     _refine(weights, bins, exchange_only=equal_counts)
     return [sorted(b) for b in bins]
 
 
-class _Partial(NamedTuple):
-    """A solution for some of the items: items in a bin each, or two partial solutions merged."""
+class _Merge(NamedTuple):
+    """Two partial solutions made one, each by its number: that of a leaf, or of the merge that made it."""
 
-    sums: np.ndarray
-    """float64 [k], descending"""
-    items: list[int]
-    """Item i is in bin i"""
-    left: _Partial | None = None
-    right: _Partial | None = None
-    order: np.ndarray | None = None
+    left: int
+    right: int
+    order: np.ndarray
     """int64 [k]: bin j is bin order[j] of `left` with bin k - 1 - order[j] of `right`"""
 
 
-def _singles(weights: np.ndarray, num_bins: int) -> list[_Partial]:
-    """Every item alone in bin 0."""
+def _singles(weights: np.ndarray, num_bins: int) -> tuple[np.ndarray, list[list[int]]]:
+    """Every item alone in bin 0. Sums [n, k], descending in a row, and the items of the first bins of each."""
     sums = np.zeros((len(weights), num_bins))
     sums[:, 0] = weights
-    return [_Partial(row, [item]) for item, row in enumerate(sums)]
+    return sums, [[item] for item in range(len(weights))]
 
 
-def _blocks(weights: np.ndarray, num_bins: int) -> list[_Partial]:
+def _blocks(weights: np.ndarray, num_bins: int) -> tuple[np.ndarray, list[list[int]]]:
     """The heaviest k items, one in every bin, then the next k: merging keeps the bins equal in number."""
-    order = np.argsort(-weights, kind="stable")
-    blocks = []
-    for first in range(0, len(order), num_bins):
-        items = order[first : first + num_bins]
-        blocks.append(_Partial(np.pad(weights[items], (0, num_bins - len(items))), items.tolist()))
-    return blocks
+    order = np.argsort(-weights, kind="stable").tolist()
+    items = [order[first : first + num_bins] for first in range(0, len(order), num_bins)]
+    sums = np.zeros((len(items), num_bins))
+    for row, block in zip(sums, items, strict=True):
+        row[: len(block)] = weights[block]
+    return sums, items
 
 
-def _combine(leaves: list[_Partial]) -> _Partial:
-    """Merges the two partial solutions of the largest spread until one is left."""
-    heap = [(float(leaf.sums[-1] - leaf.sums[0]), serial, leaf) for serial, leaf in enumerate(leaves)]
+def _combine(leaves: np.ndarray) -> list[_Merge]:
+    """Merges the two partial solutions of the largest spread until one is left; merge i makes number n + i."""
+    lows = list(-leaves)  # Ascending, so that sorting needs no sign.
+    spreads = (leaves[:, -1] - leaves[:, 0]).tolist()
+    heap = list(zip(spreads, range(len(lows)), strict=True))
     heapq.heapify(heap)
-    for serial in range(len(leaves), 2 * len(leaves) - 1):
-        left, right = heapq.heappop(heap)[2], heapq.heappop(heap)[2]
-        sums = left.sums + right.sums[::-1]
-        order = np.argsort(-sums, kind="stable")
-        merged = _Partial(sums[order], [], left, right, order)
-        heapq.heappush(heap, (float(merged.sums[-1] - merged.sums[0]), serial, merged))
-    return heap[0][2]
+    merges = []
+    for serial in range(len(lows), 2 * len(lows) - 1):
+        left, right = heapq.heappop(heap)[1], heapq.heappop(heap)[1]
+        sums = lows[left] + lows[right][::-1]
+        order = sums.argsort(kind="stable")
+        sums = sums[order]
+        lows.append(sums)
+        merges.append(_Merge(left, right, order))
+        heapq.heappush(heap, (float(sums[0]) - float(sums[-1]), serial))
+    return merges
 
 
-def _bins(solution: _Partial, num_bins: int) -> list[list[int]]:
+def _bins(merges: list[_Merge], items: list[list[int]], num_bins: int) -> list[list[int]]:
     """Follows every item down the tree of merges to its bin."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    stack = [(solution, np.arange(num_bins))]
+    stack = [(len(items) + len(merges) - 1, np.arange(num_bins))]
     while stack:
-        partial, labels = stack.pop()
-        if partial.left is None or partial.right is None or partial.order is None:
-            for item, label in zip(partial.items, labels.tolist(), strict=False):
+        number, labels = stack.pop()
+        if number < len(items):
+            for item, label in zip(items[number], labels, strict=False):
                 bins[label].append(item)
             continue
+        merge = merges[number - len(items)]
         left_labels = np.empty_like(labels)
-        left_labels[partial.order] = labels
-        stack += [(partial.left, left_labels), (partial.right, left_labels[::-1])]
+        left_labels[merge.order] = labels
+        stack += [(merge.left, left_labels), (merge.right, left_labels[::-1])]
     return bins
 
 

@@ -1,6 +1,6 @@
 """How the ranks of a data-parallel trainer share an update: each works on its part, all end with the same gradients.
 
-    share(lengths) -> my samples        forward, backward        sum_gradients(parameters) -> the same step everywhere
+    micro_batches(lengths) -> mine      forward, backward        sum_gradients(parameters) -> the same step everywhere
 
 Every rank holds the whole model and is shown the whole batch, so what it divides by is known to all. Sums are taken in
 the order of the ranks: the same batches give the same bits, on every rank and in every run. Knows nothing of actors,
@@ -19,10 +19,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import FileStore
 
 from ...runtime.worker import Worker
 from ..model.config import ModelConfig
-from .packing import balance
+from .packing import pack, plan
 from .workload import Workload, workload_of
 
 MEET_S = 60.0
@@ -39,9 +40,9 @@ class Ranks:
     rank = 0
     size = 1
 
-    def share(self, lengths: Sequence[int]) -> list[int]:
-        """Which samples of a batch, by their numbers of tokens, this rank works on; ascending."""
-        return list(range(len(lengths)))
+    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+        """Which samples of a batch, by their numbers of tokens, this rank works on: packed as packing.py says."""
+        return pack(lengths, max_tokens)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Makes each gradient the sum of those of all ranks; for several ranks, a missing one counts as zeros.
@@ -76,8 +77,10 @@ class Gang(Ranks):
         self._patience = timedelta(seconds=meet_s)
         self._group: dist.ProcessGroup | None = None
 
-    def share(self, lengths: Sequence[int]) -> list[int]:
-        return balance(self._workload.cost(lengths).tolist(), self.size)[self.rank]
+    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+        """Balanced over the ranks by cost; none, if there are fewer samples than ranks."""
+        shares = plan(lengths, self._workload.cost(lengths).tolist(), self.size, max_tokens)
+        return [part for part in shares[self.rank] if part]
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -89,7 +92,7 @@ class Gang(Ranks):
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         rows = self._gathered(values)
-        total = rows[0].copy()
+        total: np.ndarray = rows[0].copy()
         for row in rows[1:]:
             total += row
         return total
@@ -107,7 +110,8 @@ class Gang(Ranks):
         own = torch.from_numpy(np.ascontiguousarray(values, np.float64))
         rows = [torch.empty_like(own) for _ in range(self.size)]
         self._guarded(lambda group: dist.all_gather(rows, own, group=group))
-        return torch.stack(rows).numpy()
+        gathered: np.ndarray = torch.stack(rows).numpy()
+        return gathered
 
     def _guarded(self, work: Callable[[dist.ProcessGroup], Any]) -> Any:
         try:
@@ -122,7 +126,7 @@ class Gang(Ranks):
             self._meeting.parent.mkdir(parents=True, exist_ok=True)
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(str(self._meeting), self.size),
+                store=FileStore(str(self._meeting), self.size),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=self._patience,
@@ -133,7 +137,7 @@ class Gang(Ranks):
 
 
 def join_ranks(worker: Worker, run: Path, model: ModelConfig) -> Ranks:
-    """Those of a worker's group, in this epoch of it: called as the worker starts, the first rank's before the others'."""
+    """The ranks of a worker's group, in this epoch. Called as it starts: by the first rank before the others."""
     if worker.layout.size == 1:
         return ALONE
     meeting = run / "ranks" / f"{worker.name.partition('/')[0]}-{worker.epoch}"

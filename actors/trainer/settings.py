@@ -50,7 +50,7 @@ class SftSettings(UpdateSettings):
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """Share of a matrix that a step at learning rate 1 would take away."""
     decay_ratio: Annotated[float, Ge(0), Le(1)] = 1.0
-    """Last share of the steps, over which the learning rates fall linearly."""
+    """Last share of the steps, over which the learning rates fall linearly (the report's: along a cosine)."""
     final_ratio: Annotated[float, Ge(0), Le(1)] = 0.1
     """Share of the learning rates that is left at the end of the decay."""
     aux_weight: Annotated[float, Ge(0)] = 0.02

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..model.qwen3_moe import Qwen3Moe
 from .batch import MicroBatch, Sample, Totals, collate
 from .optim import Optimizer, Schedule
-from .packing import pack
 from .ranks import ALONE, Ranks
 from .settings import UpdateSettings
 from .tally import Tally
@@ -28,11 +27,9 @@ Loss = Callable[[Tensor, MicroBatch, Totals], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Updater:
-    """Updates `model` by `settings`, from a fresh optimizer on. Steps are counted by the caller: see `next_step`."""
+    """Updates `model` by `settings`, from a fresh optimizer on. The caller counts `step`: it may be several updates."""
 
-    def __init__(
-        self, model: Qwen3Moe, settings: UpdateSettings, schedule: Schedule, ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, model: Qwen3Moe, settings: UpdateSettings, schedule: Schedule, ranks: Ranks = ALONE) -> None:
         self.model = model
         self.ranks = ranks
         self.step = 0
@@ -60,9 +57,8 @@ class Updater:
         if that has happened more than `max_skipped` times in a row.
         """
         totals, last = Totals.of(samples), torch.zeros(())
-        mine = [samples[i] for i in self.ranks.share([s.num_inputs for s in samples])]
-        for part in pack([s.num_inputs for s in mine], self._settings.micro_batch_tokens):
-            batch = collate([mine[i] for i in part])
+        for part in self.ranks.micro_batches([s.num_inputs for s in samples], self._settings.micro_batch_tokens):
+            batch = collate([samples[i] for i in part])
             out = self.model(batch.tokens, batch.positions, batch.lengths)
             loss, watched = loss_of(self.model.logits(out.hidden[batch.rows]), batch, totals)
             last = loss + self._settings.aux_weight * out.aux_loss * (len(batch.tokens) / totals.inputs)

@@ -26,7 +26,6 @@ import torch
 from headrace.actors.algorithms import Batch, Objective
 from headrace.actors.algorithms.advantages import standard_scores
 from headrace.actors.algorithms.groups import has_signal
-from headrace.actors.data.adaptation import Adaptation
 from headrace.actors.job import Job, load_job
 from headrace.actors.model import checkpoint
 from headrace.actors.model.decode import Decoder, KvCache
@@ -37,7 +36,7 @@ from headrace.actors.run_state import latest_checkpoint, load_state
 from headrace.actors.trainer.batch import MicroBatch, collate, rated
 from headrace.actors.trainer.optim import BETAS
 from headrace.actors.trainer.packing import pack
-from headrace.actors.types import Group, Trajectory
+from headrace.actors.types import Group, Prompt, Trajectory
 from headrace.actors.verifier.rules import judge_running_sum
 
 NUM_BATCHES = 4
@@ -69,24 +68,22 @@ def open_work(run: Path) -> Work:
     _, weights = checkpoint.load(folder)
     work = Work(job, weights, [])
     state, _ = load_state(run)
-    adaptation = Adaptation(sizes=job.task.sizes, prior=job.task.size_prior, seed=job.run.seed)
+    questions = job.task.questions(job.run.seed)
     if state.adaptation:
-        adaptation.load_state(state.adaptation)
+        questions.load_state(state.adaptation)
     wanted = NUM_BATCHES * job.rl.groups_per_step
     for first in range(state.next_ordinal, state.next_ordinal + MAX_ROUNDS * wanted, wanted):
-        ordinals = np.arange(first, first + wanted)
-        work.groups += _sample(job, weights, ordinals, np.array([adaptation.choose(int(o)) for o in ordinals]))
+        work.groups += _sample(job, weights, [questions.prompt(o) for o in range(first, first + wanted)])
         if sum(map(has_signal, work.groups)) >= wanted:
             break
     return work
 
 
-def _sample(job: Job, weights: dict[str, np.ndarray], ordinals: np.ndarray, sizes: np.ndarray) -> list[Group]:
+def _sample(job: Job, weights: dict[str, np.ndarray], prompts: list[Prompt]) -> list[Group]:
     engine = Engine(
         job.model, weights, version=1, num_slots=128, max_prompt_tokens=job.task.max_prompt_tokens,
         max_new_tokens=job.rl.max_new_tokens, eos_id=job.task.eos_id, seed=job.run.seed,
     )  # fmt: skip
-    prompts = job.task.prompts(job.run.seed, ordinals, sizes)
     members = list(range(job.rl.group_size))
     groups = [Group(prompt=prompt, trajectories=[Trajectory(member=m) for m in members]) for prompt in prompts]
     for key, prompt in enumerate(prompts):
