@@ -24,7 +24,16 @@ from typing import Any
 
 from ..runtime import Actor, Lane, Ref, message, timeout
 from ..runtime.codec import dumps
-from ..runtime.errors import ActorDied, CorruptWeights, DeadlineExceeded, RemoteError, StaleIncarnation, UnknownMessage
+from ..runtime.errors import (
+    ActorDied,
+    CorruptWeights,
+    DeadlineExceeded,
+    RemoteError,
+    RuntimeFault,
+    StaleIncarnation,
+    UnknownActor,
+    UnknownMessage,
+)
 from ..runtime.pool import Entry, Lease
 from ..runtime.rundir import RunSpec
 from .algorithms import Algorithm, Batch, Metrics
@@ -52,8 +61,14 @@ LEASE_S = 600.0
 STATS_S = 2.0
 """Longest wait for numbers that are only shown."""
 
+DRAIN_S = 10.0
+"""How long a run that drains waits for an evaluation: a verifier that does not answer must not hold it up."""
+
 TRAINER = "trainer"
 """Holder of the leases."""
+
+BALANCE_S = 0.5
+"""Longest wait for the balancer, which nothing depends on."""
 
 NOTHING = -1
 """Version of a rollout worker that holds no weights."""
@@ -88,6 +103,7 @@ class Controller(Actor):
         self.telemetry = Telemetry(self.run.path, self.state.stage, self.state.step, self.state.telemetry)
         self.telemetry.begin(self.steps.get(self.state.stage, self.rl.steps))
         self._rollout_holds = NOTHING
+        self._unbalanced = False
         if self._pool_state is not None:
             self.log("resumed", stage=self.state.stage, step=self.state.step)
         self._arming = asyncio.Lock()
@@ -340,10 +356,24 @@ class Controller(Actor):
     # Measuring and keeping ----------------------------------------------------------------------------------
 
     async def _evaluate(self) -> Row:
-        """Scores the newest version on the fixed problems."""
+        """Scores the newest version on the fixed problems; {} if that does not end soon after the run is to drain."""
         await self._arm()
+        evaluation = asyncio.create_task(self._ask_evaluator(), name=f"{self.name}:evaluation")
+        drained = asyncio.create_task(self._draining.wait())
+        try:
+            await asyncio.wait({evaluation, drained}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({evaluation}, timeout=DRAIN_S)
+            if not evaluation.done():
+                self.log("evaluation_given_up", after_s=DRAIN_S)
+                return {}
+            return self.telemetry.evaluated(self.state.step, evaluation.result())
+        finally:
+            evaluation.cancel()
+            drained.cancel()
+
+    async def _ask_evaluator(self) -> Evaluation:
         evaluation: Evaluation = await patiently(self.evaluator.evaluate)
-        return self.telemetry.evaluated(self.state.step, evaluation)
+        return evaluation
 
     async def _measure(self, metrics: dict[str, float], batch: list[Group], staleness: list[int]) -> Row:
         """The line of metrics of a step; what a dead worker can't say now is left out."""
@@ -352,6 +382,8 @@ class Controller(Actor):
         )
         step, version = self.state.step, self.state.version
         stage, counts = self.state.stage, self.ledger.counts
+        if stage == "rl":
+            metrics = metrics | await self._balance(step)
         row = self.telemetry.stream_step(stage, step, version, metrics, batch, staleness, rollout, counts)
         return {**row, **self.telemetry.verified(verifier), **self.questions.metrics()}
 
@@ -360,6 +392,20 @@ class Controller(Actor):
             async with timeout(STATS_S):
                 return dict(await actor.stats())
         return {}
+
+    async def _balance(self, step: int) -> dict[str, float]:
+        """What the balancer says of a step; nothing if there is none, or it fails: nothing else depends on it."""
+        balanced: dict[str, float] = {}
+        try:
+            async with timeout(BALANCE_S):
+                balanced = await self.find("balancer").balance(step)
+        except UnknownActor:
+            pass
+        except (RuntimeFault, TimeoutError) as error:
+            if not self._unbalanced:
+                self.log("balancer_failed", step=step, reason=str(error))
+            self._unbalanced = True
+        return balanced
 
     def _enter_next(self) -> None:
         """Goes on to the next stage that has steps left, if this one has none."""

@@ -44,6 +44,10 @@ METRICS: dict[str, Metric] = {
     "step_s": Metric("s", "wall time since the previous step"),
     "train_s": Metric("s", "the trainer computed"),
     "expert_load": Metric("", "tokens of the busiest expert over the mean, worst layer"),
+    # the balancer, if there is one: its virtual ranks, layers added up
+    "rank_load_before": Metric("", "busiest rank over the mean, experts in order and no replicas; 1 is even"),
+    "rank_load_after": Metric("", "the same, as placed when the step began, its pairs divided over replicas"),
+    "expert_moves": Metric("", "experts copied to another rank before the next step"),
     # SFT
     "accuracy_ratio": Metric("0..1", "demonstration tokens that are the model's first choice"),
     "max_size": Metric("", "largest problem of the curriculum at this step"),
@@ -227,8 +231,8 @@ class MetricsWriter:
 
 
 def _documented(name: str) -> str:
-    family, slash, _ = name.partition("/")
-    return f"{family}/*" if slash else name
+    family, _, member = name.partition("/")
+    return f"{family}/*" if member else name
 
 
 def read_metrics(path: Path) -> list[Row]:

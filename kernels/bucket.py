@@ -26,10 +26,10 @@ from .reference.bucket import Place as Place
 from .reference.bucket import Plan as Plan
 
 _CONFIGS = ({"BLOCK": 256, "UNITS": 4}, {"BLOCK": 256, "UNITS": 8}, {"BLOCK": 128, "UNITS": 4})
-_PACK = KernelSpec(source="pack.cu", name="pack", configs=_CONFIGS)
-_UNPACK = KernelSpec(source="pack.cu", name="unpack", configs=_CONFIGS)
-_TOTAL = KernelSpec(source="pack.cu", name="pack_total", configs=_CONFIGS[:1])
-SPECS: tuple[KernelSpec, ...] = (_PACK, _UNPACK, _TOTAL)
+PACK = KernelSpec(source="pack.cu", name="pack", configs=_CONFIGS)
+UNPACK = KernelSpec(source="pack.cu", name="unpack", configs=_CONFIGS)
+TOTAL = KernelSpec(source="pack.cu", name="pack_total", configs=_CONFIGS[:1])
+SPECS: tuple[KernelSpec, ...] = (PACK, UNPACK, TOTAL)
 
 _KINDS = {
     (torch.float32, torch.bfloat16): 1,
@@ -46,8 +46,8 @@ _MAX_TABLES = 64
 def plan_bucket(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype | None] | None = None) -> Plan:
     """Lays the tensors one after the other, each at a multiple of 16 bytes.
 
-    `dtypes` are those in the bucket; None keeps the tensor's. Raises ValueError for a cast that there is not: float32 to
-    bfloat16 or float8_e4m3fn, and bfloat16 to float8_e4m3fn are.
+    `dtypes` are those in the bucket; None keeps the tensor's. Raises ValueError for a cast other than float32 to
+    bfloat16 or float8_e4m3fn, and bfloat16 to float8_e4m3fn.
     """
     op = "plan_bucket"
     wanted = [None] * len(tensors) if dtypes is None else list(dtypes)
@@ -64,7 +64,7 @@ def pack_weights(
 ) -> tuple[Tensor, Tensor]:
     """Fills a bucket: uint8 [plan.num_bytes], and its checksum, int64 [1].
 
-    A tensor that becomes float8_e4m3fn needs scales: float32, one for each row of its last dimension; others None. `out`
+    A tensor that becomes float8_e4m3fn needs scales: float32 [rows of its last dimension]; others None. `out`
     is a bucket to fill. Raises ValueError if tensors, scales or `out` do not fit the plan.
     """
     op = "pack_weights"
@@ -78,13 +78,13 @@ def pack_weights(
         bucket, checksum = reference.pack_weights(tensors, plan, scales)
         return (bucket if out is None else out.copy_(bucket)), checksum
     bucket = launch.empty((plan.num_bytes,), torch.uint8, like) if out is None else out
-    return bucket, _run(_PACK, bucket, plan, tensors, scales)
+    return bucket, _run(PACK, bucket, plan, tensors, scales)
 
 
 def unpack_weights(
     bucket: Tensor, plan: Plan, tensors: Sequence[Tensor], scales: Sequence[Tensor | None] | None = None
 ) -> Tensor:
-    """Writes a bucket's contents into `tensors`, cast to their dtypes; returns the checksum of what was read, int64 [1].
+    """Writes a bucket's contents into `tensors`, cast to their dtypes; returns the checksum of what it read, int64 [1].
 
     The tensors are contiguous, of the plan's shapes; those kept as float8_e4m3fn in the bucket and wanted as float32 or
     bfloat16 need the scales that they were packed with. Raises ValueError if something does not fit the plan.
@@ -96,14 +96,14 @@ def unpack_weights(
         require_device(op, bucket, **{f"tensor {position}": tensor})
     if not launch.runs_kernels(bucket):
         return reference.unpack_weights(bucket, plan, tensors, scales)
-    return _run(_UNPACK, bucket, plan, tensors, scales)
+    return _run(UNPACK, bucket, plan, tensors, scales)
 
 
 def _require_fit(
     op: str, tensors: Sequence[Tensor], plan: Plan, scales: Sequence[Tensor | None] | None
 ) -> list[Tensor | None]:
     """The scales, None for each tensor if there are none."""
-    given = [None] * len(tensors) if scales is None else list(scales)
+    given: list[Tensor | None] = [None] * len(tensors) if scales is None else list(scales)
     for name, num in (("tensors", len(tensors)), ("scales", len(given))):
         require(num == len(plan.places), op, f"the plan has {len(plan.places)} places, but there are {num} {name}")
     for position, (tensor, place, scale) in enumerate(zip(tensors, plan.places, given, strict=True)):
@@ -117,11 +117,7 @@ def _require_fit(
         if scale is not None:
             columns = tensor.shape[-1] if tensor.ndim else 1
             require_dtype(op, f"scales of {name}", scale, torch.float32)
-            require(
-                scale.numel() == tensor.numel() // max(columns, 1), op,
-                f"scales of {name} must be one for each of its {tensor.numel() // max(columns, 1)} rows, "
-                f"not {scale.numel()}",
-            )  # fmt: skip
+            require_shape(op, f"scales of {name}", scale, tensor.numel() // max(columns, 1))
             require_contiguous(op, **{f"scales of {name}": scale})
             require_device(op, tensor, **{f"scales of {name}": scale})
     return given
@@ -143,13 +139,13 @@ def _run(
 ) -> Tensor:
     table = _table(bucket.device, plan, tensors, scales)
     units = plan.num_bytes // UNIT_BYTES
-    config = launch.pick(spec, units=units, entries=len(tensors))
+    config = launch.pick(spec, tokens=units)
     blocks = -(-units // (config["BLOCK"] * config["UNITS"]))
     partial = launch.empty((blocks,), torch.int64, bucket)
     checksum = launch.empty((1,), torch.int64, bucket)
     args = (table, bucket, partial, len(tensors), units)
     launch.launch(spec, blocks, config["BLOCK"], args, device_of=bucket, config=config)
-    launch.launch(_TOTAL, 1, _TOTAL.configs[0]["BLOCK"], (partial, checksum, blocks, units), device_of=bucket)
+    launch.launch(TOTAL, 1, TOTAL.configs[0]["BLOCK"], (partial, checksum, blocks, units), device_of=bucket)
     return checksum
 
 

@@ -59,7 +59,8 @@ def _steps(moments: Tensor, damping: float) -> Tensor:
     dead = moments.diagonal() == 0
     damped = moments + damping * moments.diagonal().mean() * torch.eye(len(moments)).to(moments)
     damped[dead, dead] = damped.diagonal().mean()
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+    steps: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return steps.float()
 
 
 def _fit(w: Tensor, q: Tensor, moments: Tensor, otherwise: Tensor) -> Tensor:

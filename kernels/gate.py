@@ -24,7 +24,9 @@ _OP = "topk_gate"
 _CONFIGS = ({"SLOTS": 16, "BLOCK": 256}, {"SLOTS": 8, "BLOCK": 256})
 _SIZES = (128, MAX_EXPERTS)
 _LOGITS = {torch.float32: "float", torch.bfloat16: "bf16"}
-_VARIANTS = tuple({"LOGIT": logit, "E_MAX": size} for logit in _LOGITS.values() for size in _SIZES)
+_VARIANTS: tuple[dict[str, int | str], ...] = tuple(
+    {"LOGIT": logit, "E_MAX": size} for logit in _LOGITS.values() for size in _SIZES
+)
 FORWARD = KernelSpec(source="topk_gate.cu", name="topk_gate", configs=_CONFIGS, variants=_VARIANTS)
 BACKWARD = KernelSpec(source="topk_gate.cu", name="topk_gate_backward", configs=_CONFIGS, variants=_VARIANTS)
 SPECS: tuple[KernelSpec, ...] = (FORWARD, BACKWARD)
@@ -131,16 +133,22 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (logits, ids, norms), rule = ctx.saved_tensors, ctx.rule
-        _, grad_weights, grad_scores = grads
-        grad_logits = launch.empty(logits.shape, logits.dtype, logits)
-        args = (
-            logits, ids, norms, grad_weights.contiguous(), grad_scores.contiguous() if ctx.probs else None, grad_logits,
-            *logits.shape, rule.k, int(rule.score == "sigmoid"), int(rule.renormalize), float(rule.scale),
-            _by_four(logits),
-        )  # fmt: skip
-        _start(BACKWARD, logits, args)
-        return grad_logits, None, None, None, None
+        logits, ids, norms = ctx.saved_tensors
+        by_weights, by_scores = (grad.contiguous() for grad in grads[1:])
+        grad = _backward(logits, ids, norms, by_weights, by_scores if ctx.probs else None, ctx.rule)
+        return grad, None, None, None, None
+
+
+def _backward(
+    logits: Tensor, ids: Tensor, norms: Tensor, grad_weights: Tensor, grad_scores: Tensor | None, rule: _Rule
+) -> Tensor:
+    grad_logits = launch.empty(logits.shape, logits.dtype, logits)
+    args = (
+        logits, ids, norms, grad_weights, grad_scores, grad_logits, *logits.shape, rule.k,
+        int(rule.score == "sigmoid"), int(rule.renormalize), float(rule.scale), _by_four(logits),
+    )  # fmt: skip
+    _start(BACKWARD, logits, args)
+    return grad_logits
 
 
 def _by_four(logits: Tensor) -> int:
@@ -149,11 +157,11 @@ def _by_four(logits: Tensor) -> int:
 
 def _start(spec: KernelSpec, logits: Tensor, args: tuple[launch.Argument, ...]) -> None:
     num_tokens, num_experts = logits.shape
-    config = launch.pick(spec, tokens=num_tokens, experts=num_experts)
+    config = launch.pick(spec, tokens=num_tokens, E=num_experts)
     size = next(size for size in _SIZES if num_experts <= size)
     lanes = min(32, size // config["SLOTS"])
     block = config["BLOCK"]
-    variant = {"LOGIT": _LOGITS[logits.dtype], "E_MAX": size}
+    variant: dict[str, int | str] = {"LOGIT": _LOGITS[logits.dtype], "E_MAX": size}
     launch.launch(
         spec, -(-num_tokens // (block // lanes)), block, args, device_of=logits, config=config, variant=variant
     )

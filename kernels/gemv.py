@@ -20,13 +20,13 @@ _FORMATS: dict[tuple[torch.dtype, torch.dtype], dict[str, int | str]] = {
     (torch.float32, torch.float8_e4m3fn): {"IN": "float", "WEIGHT": "e4m3"},
     (torch.bfloat16, torch.float8_e4m3fn): {"IN": "bf16", "WEIGHT": "e4m3"},
 }
-_GEMV = KernelSpec(
+GEMV = KernelSpec(
     source="moe_gemv.cu",
     name="moe_gemv",
     configs=({"BLOCK": 128, "FEATURES": 2}, {"BLOCK": 128, "FEATURES": 1}),
     variants=tuple(_FORMATS.values()),
 )
-SPECS: tuple[KernelSpec, ...] = (_GEMV,)
+SPECS: tuple[KernelSpec, ...] = (GEMV,)
 
 
 def moe_gemv(x_ND: Tensor, ends_E: Tensor, w_EFD: Tensor, scales_EF: Tensor | None = None) -> Tensor:
@@ -62,11 +62,11 @@ def moe_gemv(x_ND: Tensor, ends_E: Tensor, w_EFD: Tensor, scales_EF: Tensor | No
     if not y_NF.numel():
         return y_NF
     weights = w_EFD.view(torch.uint8) if fp8 else w_EFD
-    config = launch.pick(_GEMV, rows=len(x_ND), experts=experts, features=features, columns=columns)
+    config = launch.pick(GEMV, tokens=len(x_ND), E=experts, F=features, D=columns)
     chunk = 16 // w_EFD.element_size()
     vector = columns % chunk == 0 and x_ND.data_ptr() % 16 == 0 and w_EFD.data_ptr() % 16 == 0
     args = (x_ND, ends_E, weights, scales_EF, y_NF, len(x_ND), experts, features, columns, int(vector))
     grid = (-(-features // (config["FEATURES"] * config["BLOCK"] // 32)), experts + 1)
     variant = _FORMATS[x_ND.dtype, w_EFD.dtype]
-    launch.launch(_GEMV, grid, config["BLOCK"], args, device_of=x_ND, config=config, variant=variant)
+    launch.launch(GEMV, grid, config["BLOCK"], args, device_of=x_ND, config=config, variant=variant)
     return y_NF

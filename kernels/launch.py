@@ -66,6 +66,11 @@ class Backend(Protocol):
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
 
 
+FREE_SHARED_BYTES = 48 * 1024
+"""Dynamic shared memory that a kernel may use without being allowed more."""
+
+_allowed: dict[int, int] = {}
+"""Function -> the most dynamic shared memory it was allowed."""
 _backend: Backend | None = None
 _pick: Callable[[KernelSpec, Mapping[str, int]], Config] | None = None
 _around: Callable[[KernelSpec, Config], AbstractContextManager[None]] | None = None
@@ -183,22 +188,20 @@ def _launch_cuda(
     addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     with torch.cuda.device(device):
         runtime.setDevice(device.index)  # a thread of autograd may not have a context yet
-        function = _function(spec.source, spec.name, tuple(sorted(defines.items())), device.index, shared_bytes)
+        function = _function(spec.source, spec.name, tuple(sorted(defines.items())), device.index)
+        if shared_bytes > _allowed.get(function, FREE_SHARED_BYTES):
+            driver.funcSetAttribute(function, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+            _allowed[function] = shared_bytes
         stream = torch.cuda.current_stream().cuda_stream
         driver.launchKernel(function, *grid, *block, shared_bytes, stream, ctypes.addressof(addresses), 0)
 
 
 @cache
-def _function(
-    source: str, name: str, defines: tuple[tuple[str, int | str], ...], device: int, shared_bytes: int
-) -> int:
-    """Address of the kernel in the device's current context, allowed to use that much dynamic shared memory."""
+def _function(source: str, name: str, defines: tuple[tuple[str, int | str], ...], device: int) -> int:
+    """Address of the kernel in the device's context."""
     from cupy.cuda import driver
 
-    function = driver.moduleGetFunction(_module(source, defines, device), name)
-    if shared_bytes > 48 * 1024:
-        driver.funcSetAttribute(function, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
-    return int(function)
+    return int(driver.moduleGetFunction(_module(source, defines, device), name))
 
 
 @cache

@@ -19,7 +19,7 @@ NO_SLOT = -1
 """In place of a slot, where an expert has fewer than R replicas."""
 
 SWEEPS = 8
-"""At most; few loads need more than four. The highest load is then within 0.5 % of the optimum (`bin/bench balance`)."""
+"""At most; few loads need more than four. The highest load is then within 0.5 % of the optimum: `bin/bench balance`."""
 
 
 def even_split(counts_E: Ints, slots_ER: Ints) -> Ints:
@@ -30,9 +30,7 @@ def even_split(counts_E: Ints, slots_ER: Ints) -> Ints:
     return np.where(held_ER, share_E[:, None] + (index_R < left_E[:, None]), 0)
 
 
-def level_split(
-    counts_E: Ints, slots_ER: Ints, *, num_ranks: int, slots_per_rank: int, sweeps: int = SWEEPS
-) -> Ints:
+def level_split(counts_E: Ints, slots_ER: Ints, *, num_ranks: int, slots_per_rank: int, sweeps: int = SWEEPS) -> Ints:
     """Pairs of each replica, int64 [E, R]; row e sums to counts_E[e], which is >= 0.
 
     slots_ER [E, R] are the slots of each expert's replicas, NO_SLOT after the last one; slot s is on rank
@@ -41,7 +39,10 @@ def level_split(
     """
     quota_ER = even_split(counts_E, slots_ER)
     ranks_ER = np.where(slots_ER == NO_SLOT, NO_SLOT, slots_ER // slots_per_rank)
-    homes = {int(expert): _first_on_each_rank(ranks_ER[expert]) for expert in np.flatnonzero(slots_ER[:, 1:].max(1, initial=NO_SLOT) != NO_SLOT)}
+    homes = {
+        int(expert): _first_on_each_rank(ranks_ER[expert])
+        for expert in np.flatnonzero(slots_ER[:, 1:].max(1, initial=NO_SLOT) != NO_SLOT)
+    }
     load_G = rank_load(quota_ER, slots_ER, num_ranks=num_ranks, slots_per_rank=slots_per_rank)
     for expert, first in homes.items():
         merged = [quota_ER[expert, ranks_ER[expert] == rank].sum() for rank in ranks_ER[expert, first]]

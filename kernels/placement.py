@@ -23,7 +23,7 @@ import numpy as np
 from .leveling import NO_SLOT, SWEEPS, Ints, level_split, rank_load
 from .slot_search import Floats, improve, room, steady
 
-KEEP_SLACK = 0.01
+KEEP_SLACK = 0.009
 """`place_experts(keep=...)` may leave the highest load this share above that of a placement made anew."""
 
 
@@ -95,9 +95,9 @@ class Placement:
 def place_experts(load_E: Floats | Ints, num_slots: int, num_ranks: int, *, keep: Placement | None = None) -> Placement:
     """The placement for an expected load of each expert, >= 0, in any unit; deterministic.
 
-    With `keep`, the placement until now: one with few moves from it, whose highest load is at most KEEP_SLACK above that
-    of a new one. An expert has no two replicas on one rank unless there are more than E * G slots. Raises ValueError if
-    a load is negative or not finite, or the slots are too few or don't divide into ranks.
+    With `keep`, the placement until now: one with few moves from it, whose highest load is at most KEEP_SLACK above
+    that of a new one. Raises ValueError if a load is negative or not finite, or the slots are too few or don't divide
+    into ranks.
     """
     load = np.asarray(load_E, np.float64)
     num_experts = len(load)
@@ -107,7 +107,11 @@ def place_experts(load_E: Floats | Ints, num_slots: int, num_ranks: int, *, keep
         raise ValueError(
             f"{num_slots} slots must be a multiple of the {num_ranks} ranks and at least the {num_experts} experts"
         )
-    if keep is not None and (keep.num_experts, keep.num_ranks, len(keep.experts_P)) != (num_experts, num_ranks, num_slots):
+    if keep is not None and (keep.num_experts, keep.num_ranks, len(keep.experts_P)) != (
+        num_experts,
+        num_ranks,
+        num_slots,
+    ):
         raise ValueError("the placement to keep is of other experts, ranks or slots; place anew without it")
     new = _placed_anew(load, num_slots, num_ranks)
     if keep is None:
@@ -143,8 +147,8 @@ def _replicate(load: Floats, num_slots: int, most: int) -> Ints:
 
 
 def _pack(load: Floats, counts: Ints, num_ranks: int, *, apart: bool) -> Placement | None:
-    """Replicas, the heaviest first, each to the lightest rank with a free slot; `apart`: that has none of its expert, or
-    None if there is no such rank."""
+    """Replicas, the heaviest first, each to the lightest rank with a free slot; `apart`: that has none of its expert,
+    or None if there is no such rank."""
     experts = np.repeat(np.arange(len(load)), counts)
     weights = (load / counts)[experts]
     capacity = len(experts) // num_ranks

@@ -24,21 +24,19 @@ from .reference.precision import Quantized as Quantized
 from .reference.precision import fp8_dequant as fp8_dequant
 
 _FORMATS: tuple[dict[str, int | str], ...] = ({"IN": "float"}, {"IN": "bf16"})
-_ROW = KernelSpec(
+ROW = KernelSpec(
     source="fp8_quant.cu", name="fp8_row", configs=({"BLOCK": 256}, {"BLOCK": 128}, {"BLOCK": 512}), variants=_FORMATS
 )
-_GROUP = KernelSpec(source="fp8_quant.cu", name="fp8_group", configs=({"BLOCK": 128}, {"BLOCK": 256}), variants=_FORMATS)
-_TILE = KernelSpec(source="fp8_quant.cu", name="fp8_tile", configs=({"BLOCK": 512}, {"BLOCK": 256}), variants=_FORMATS)
-_HISTORY = KernelSpec(
-    source="fp8_quant.cu", name="fp8_history", configs=({"BLOCK": 256},), variants=({"IN": "float"},)
-)
-_SEARCH = KernelSpec(
+GROUP = KernelSpec(source="fp8_quant.cu", name="fp8_group", configs=({"BLOCK": 128}, {"BLOCK": 256}), variants=_FORMATS)
+TILE = KernelSpec(source="fp8_quant.cu", name="fp8_tile", configs=({"BLOCK": 512}, {"BLOCK": 256}), variants=_FORMATS)
+HISTORY = KernelSpec(source="fp8_quant.cu", name="fp8_history", configs=({"BLOCK": 256},), variants=({"IN": "float"},))
+SEARCH = KernelSpec(
     source="range_search.cu",
     name="range_search",
     configs=({"BLOCK": 128, "PASS": 11}, {"BLOCK": 256, "PASS": 11}, {"BLOCK": 128, "PASS": 3}),
     variants=_FORMATS,
 )
-SPECS: tuple[KernelSpec, ...] = (_ROW, _GROUP, _TILE, _HISTORY, _SEARCH)
+SPECS: tuple[KernelSpec, ...] = (ROW, GROUP, TILE, HISTORY, SEARCH)
 
 _KEEP = 4
 """Groups that a warp of fp8_group takes: KEEP there."""
@@ -47,9 +45,9 @@ _KEEP = 4
 def fp8_quant(x_RC: Tensor, block: Block, *, pow2: bool = False, scales: Tensor | None = None) -> Quantized:
     """Quantizes float32 or bfloat16 [R, C], contiguous, with one scale per "row", "1x128" group or "128x128" tile.
 
-    Without `scales` (float32, positive, by block) each block has its own: amax / 448, or with `pow2` the power of two at
-    or above it. What does not fit is clamped to +-448; an infinity too; NaN gets the code 0x7F. The amax that comes back
-    is over finite values. Raises ValueError for another dtype, layout, block or shape of scales.
+    Without `scales` (float32, from 2^-110 to 2^120, by block) each block has its own: amax / 448, or with `pow2` the
+    power of two at or above it. What does not fit is clamped to +-448, an infinity too; NaN gets the code 0x7F. The
+    amax that comes back is over finite values. Raises ValueError for another dtype, layout, block or shape of scales.
     """
     op = "fp8_quant"
     _require_matrix(op, x_RC)
@@ -67,8 +65,8 @@ def fp8_quant(x_RC: Tensor, block: Block, *, pow2: bool = False, scales: Tensor 
     codes = launch.empty(x_RC.shape, torch.uint8, x_RC)
     made = launch.empty(shape, torch.float32, x_RC) if scales is None else scales
     amax = launch.empty(shape, torch.float32, x_RC)
-    spec = {"row": _ROW, "1x128": _GROUP, "128x128": _TILE}[block]
-    config = launch.pick(spec, rows=rows, columns=columns)
+    spec = {"row": ROW, "1x128": GROUP, "128x128": TILE}[block]
+    config = launch.pick(spec, tokens=rows, C=columns)
     grid: tuple[int, int] = (shape[0], 1)
     if block == "1x128":
         grid = (rows, -(-shape[1] // (config["BLOCK"] // 32 * _KEEP)))
@@ -99,11 +97,11 @@ def amax_scales(history_HN: Tensor, amax_N: Tensor, slot: int, *, pow2: bool = F
     if not launch.runs_kernels(history_HN):
         return reference.amax_scales(history_HN, amax_N, slot, pow2=pow2)
     scales = launch.empty((num,), torch.float32, history_HN)
-    config = launch.pick(_HISTORY, columns=num)
+    config = launch.pick(HISTORY, tokens=num)
     args = (history_HN, amax_N, scales, slots, num, slot, int(pow2))
     grid = -(-num // config["BLOCK"])
     launch.launch(
-        _HISTORY, grid, config["BLOCK"], args, device_of=history_HN, config=config, variant=_HISTORY.variants[0]
+        HISTORY, grid, config["BLOCK"], args, device_of=history_HN, config=config, variant=HISTORY.variants[0]
     )
     return scales
 
@@ -127,10 +125,10 @@ def range_search(w_RC: Tensor, moment_C: Tensor | None = None) -> Fitted:
     codes = launch.empty(w_RC.shape, torch.uint8, w_RC)
     scales, encodes = (launch.empty((rows, 1), torch.float32, w_RC) for _ in range(2))
     choices = launch.empty((rows,), torch.int32, w_RC)
-    config = launch.pick(_SEARCH, rows=rows, columns=columns)
+    config = launch.pick(SEARCH, tokens=rows, C=columns)
     args = (w_RC, moment_C, codes, scales, encodes, choices, rows, columns, int(_is_vector(w_RC)))
     grid = -(-rows // (config["BLOCK"] // 32))
-    launch.launch(_SEARCH, grid, config["BLOCK"], args, device_of=w_RC, config=config, variant=_format(w_RC))
+    launch.launch(SEARCH, grid, config["BLOCK"], args, device_of=w_RC, config=config, variant=_format(w_RC))
     return Fitted(codes.view(torch.float8_e4m3fn), scales, encodes, choices)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import checks, launch, reference
 from .launch import KernelSpec
-from .leveling import SWEEPS
+from .leveling import NO_SLOT, SWEEPS
 from .reference import Rows
 
 SPLIT = KernelSpec(source="replica_split.cu", name="replica_split", configs=({"BLOCK": 128}, {"BLOCK": 512}))
@@ -37,10 +37,10 @@ def replica_split(
 ) -> Tensor:
     """How many pairs each replica takes so that no rank has more to do than it must: int64 [L, E, R].
 
-    counts_LE: pairs of each expert, int64, >= 0. slots_LER: slots of its replicas, int64, NO_SLOT after the last one (one
-    at least); slot s is on rank s // slots_per_rank. Rows of the result sum to the counts. No rank gets more than it
-    would by an even split; see `leveling`. Raises ValueError before any launch for another dtype, shape or device, or
-    more experts, ranks or replicas than the kernel has room for.
+    counts_LE: pairs of each expert, int64, >= 0. slots_LER: slots of its replicas, int64, NO_SLOT after the last one
+    (one at least); slot s is on rank s // slots_per_rank. Rows of the result sum to the counts. No rank gets more than
+    it would by an even split; see `leveling`. Raises ValueError before any launch for another dtype, shape or device,
+    or more experts, ranks or replicas than the kernel has room for.
     """
     op = "replica_split"
     checks.require_dtype(op, "counts_LE", counts_LE, torch.int64)
@@ -58,7 +58,7 @@ def replica_split(
         shape = {"num_ranks": num_ranks, "slots_per_rank": slots_per_rank, "sweeps": sweeps}
         return reference.replica_split(counts_LE, slots_LER, **shape)
     quota_LER = launch.empty(slots_LER.shape, torch.int64, counts_LE)
-    config = launch.pick(SPLIT, experts=num_experts)
+    config = launch.pick(SPLIT, tokens=num_layers * num_experts, E=num_experts)
     sizes = num_experts, slots_LER.shape[2], num_ranks, slots_per_rank, sweeps
     args = (counts_LE, slots_LER, quota_LER, *sizes)
     launch.launch(SPLIT, num_layers, config["BLOCK"], args, device_of=counts_LE, config=config)
@@ -69,8 +69,9 @@ def replica_dispatch(ids_TK: Tensor, rows: Rows, slots_ER: Tensor, quota_ER: Ten
     """The slot of each (token, choice) pair, shape and dtype of ids_TK (int32 or int64).
 
     `rows` are `align`'s for ids_TK, without padding. The pairs of an expert, in token order, fill its replicas one by
-    one as `quota_ER` says; what is beyond goes to the last one. slots_ER, quota_ER: int64 [E, R], a layer of
-    `replica_split`. Raises ValueError before any launch for another dtype, shape or device.
+    one as `quota_ER` says; what is beyond goes to the last one. A pair without a row gets NO_SLOT. slots_ER, quota_ER:
+    int64 [E, R], a layer of `replica_split`. Raises ValueError before any launch for another dtype, shape or device, or
+    padded rows.
     """
     op = "replica_dispatch"
     checks.require_dtype(op, "ids_TK", ids_TK, *INDEX)
@@ -83,10 +84,11 @@ def replica_dispatch(ids_TK: Tensor, rows: Rows, slots_ER: Tensor, quota_ER: Ten
     checks.require_shape(op, "rows.ends_E", rows.ends_E, len(slots_ER))
     checks.require_contiguous(op, ids_TK=ids_TK, slots_ER=slots_ER, quota_ER=quota_ER)
     checks.require_device(op, ids_TK, slots_ER=slots_ER, quota_ER=quota_ER, pairs_N=rows.pairs_N, ends_E=rows.ends_E)
+    checks.require(rows.experts_M is None, op, "rows must be without padding; align them with tile=1")
     if not launch.runs_kernels(ids_TK):
         return reference.replica_dispatch(ids_TK, rows, slots_ER, quota_ER)
-    slots_TK = launch.empty(ids_TK.shape, ids_TK.dtype, ids_TK)
-    config = launch.pick(DISPATCH, tokens=len(ids_TK), experts=len(slots_ER))
+    slots_TK = torch.full_like(ids_TK, NO_SLOT)
+    config = launch.pick(DISPATCH, tokens=ids_TK.numel(), E=len(slots_ER))
     grid = min(-(-ids_TK.numel() // config["BLOCK"]), 2**16)
     pairs, ends = rows.pairs_N.to(ids_TK.dtype), rows.ends_E.to(torch.int32)
     args = (ids_TK, pairs, ends, slots_ER, quota_ER, slots_TK, ids_TK.numel(), slots_ER.shape[1])

@@ -72,7 +72,7 @@ def expert_load(ids_TK: Tensor, num_experts: int) -> Tensor:
     if not runs_kernels(ids_TK):
         return reference.align(ids_TK, num_experts, may_drop=True).load_E
     load_E = empty((num_experts,), ids_TK.dtype, ids_TK)
-    _count(ids_TK, load_E, pick(COUNT, pairs=ids_TK.numel(), experts=num_experts))
+    _count(ids_TK, load_E, pick(COUNT, tokens=ids_TK.numel(), E=num_experts))
     return load_E
 
 
@@ -90,7 +90,7 @@ def _variant(ids_TK: Tensor) -> dict[str, int | str]:
 
 def _align_by_one_block(ids_TK: Tensor, rows: Rows, tile: int) -> None:
     experts = len(rows.load_E)
-    config = pick(SMALL, pairs=ids_TK.numel(), experts=experts)
+    config = pick(SMALL, tokens=ids_TK.numel(), E=experts)
     sizes = (ids_TK.numel(), experts, tile, len(rows.pairs_N))
     args = (ids_TK, rows.load_E, rows.ends_E, rows.pairs_N, rows.rows_P, rows.experts_M, *sizes)
     shared = (config["BLOCK"] // 32 + 3) * experts * 4
@@ -101,7 +101,7 @@ def _align_by_one_block(ids_TK: Tensor, rows: Rows, tile: int) -> None:
 
 def _align_by_many(ids_TK: Tensor, rows: Rows, tile: int) -> None:
     num_pairs, experts = ids_TK.numel(), len(rows.load_E)
-    config, variant = pick(COUNT, pairs=num_pairs, experts=experts), _variant(ids_TK)
+    config, variant = pick(COUNT, tokens=num_pairs, E=experts), _variant(ids_TK)
     counts_EC = _count(ids_TK, rows.load_E, config)
     starts_E = empty((experts,), torch.int32, ids_TK)
     sizes = (experts, tile, len(rows.pairs_N))

@@ -1,4 +1,4 @@
-"""K4 and K5: tokens to the rows of their experts and back. The kernels are cuda/permute.cu and cuda/unpermute.cu.
+"""K4 and K5: tokens to the rows of their experts and back. The kernels are cuda/permute.cu, unpermute*.cu.
 
     x_TD --permute--> x_ND --(grouped matmul)--> y_ND --unpermute--> y_TD
 
@@ -27,8 +27,14 @@ _SUMS = tuple({"REAL": real, "INDEX": index} for real in _NUMBERS.values() for i
 
 PERMUTE = KernelSpec(source="permute.cu", name="permute_rows", configs=_BLOCKS, variants=_MOVES)
 UNPERMUTE = KernelSpec(source="unpermute.cu", name="unpermute_rows", configs=_BLOCKS, variants=_SUMS)
+UNPERMUTE_FP8 = KernelSpec(
+    source="unpermute_fp8.cu",
+    name="unpermute_fp8_rows",
+    configs=_BLOCKS,
+    variants=tuple({"INDEX": index} for index in _INDICES.values()),
+)
 BACKWARD = KernelSpec(source="unpermute.cu", name="unpermute_rows_backward", configs=_BLOCKS, variants=_SUMS)
-SPECS: tuple[KernelSpec, ...] = (PERMUTE, UNPERMUTE, BACKWARD)
+SPECS: tuple[KernelSpec, ...] = (PERMUTE, UNPERMUTE, UNPERMUTE_FP8, BACKWARD)
 
 
 def permute(x_TD: Tensor, rows: Rows, k: int) -> Tensor:
@@ -53,12 +59,7 @@ def unpermute(y_ND: Tensor, rows: Rows, weights_TK: Tensor) -> Tensor:
     y_ND: float32 or bfloat16; weights_TK: float32. The sum is in float32 and in the order of the choices.
     Differentiable in both. Raises ValueError for other input.
     """
-    _check("unpermute", y_ND, "y_ND", rows, weights_TK.numel())
-    require_shape("unpermute", "weights_TK", weights_TK, -1, -1)
-    require_contiguous("unpermute", weights_TK=weights_TK)
-    require_device("unpermute", y_ND, weights_TK=weights_TK)
-    num_rows = rows.pairs_N.shape[0]
-    require(y_ND.shape[0] == num_rows, "unpermute", f"y_ND must have {num_rows} rows, not {y_ND.shape[0]}")
+    _check_sum("unpermute", y_ND, rows, weights_TK)
     if not launch.runs_kernels(y_ND):
         return reference.unpermute(y_ND, rows, weights_TK)
     require_dtype("unpermute", "y_ND", y_ND, *_NUMBERS)
@@ -66,6 +67,51 @@ def unpermute(y_ND: Tensor, rows: Rows, weights_TK: Tensor) -> Tensor:
     rows_P = inverse(rows, weights_TK.numel())
     result: Tensor = _Unpermute.apply(y_ND, weights_TK, rows.pairs_N, rows_P)  # type: ignore[no-untyped-call]
     return result
+
+
+def unpermute_fp8(y_ND: Tensor, scales_NB: Tensor, rows: Rows, weights_TK: Tensor) -> Tensor:
+    """`unpermute` of rows in fp8, each number times its scale: bfloat16 [T, D].
+
+    y_ND: float8_e4m3fn; scales_NB, weights_TK: float32; a scale for each D / B columns, which are all of them or a
+    multiple of eight. Not differentiable. Raises ValueError for other input.
+    """
+    op = "unpermute_fp8"
+    _check_sum(op, y_ND, rows, weights_TK)
+    require_dtype(op, "y_ND", y_ND, torch.float8_e4m3fn)
+    require_dtype(op, "weights_TK", weights_TK, torch.float32)
+    require_dtype(op, "scales_NB", scales_NB, torch.float32)
+    require_shape(op, "scales_NB", scales_NB, y_ND.shape[0], -1)
+    require_contiguous(op, scales_NB=scales_NB)
+    require_device(op, y_ND, scales_NB=scales_NB)
+    (num_rows, width), num_scales = y_ND.shape, scales_NB.shape[1]
+    require_range(op, "the width", width, 1, 2**31 - 1)
+    fine = num_scales == 1 or (num_scales > 1 and width % (8 * num_scales) == 0)
+    require(fine, op, f"{num_scales} scales can't divide {width} columns into equal multiples of eight")
+    if not launch.runs_kernels(y_ND):
+        return reference.unpermute_fp8(y_ND, scales_NB, rows, weights_TK)
+    num_tokens, k = weights_TK.shape
+    rows_P = inverse(rows, weights_TK.numel())
+    out = launch.empty((num_tokens, width), torch.bfloat16, y_ND)
+    config = launch.pick(UNPERMUTE_FP8, tokens=num_tokens, D=width)
+    launch.launch(
+        UNPERMUTE_FP8,
+        num_tokens,
+        config["BLOCK"],
+        (y_ND, scales_NB, rows_P, weights_TK, out, k, num_rows, width, num_scales, _by_chunks(width, y_ND, out)),
+        device_of=y_ND,
+        config=config,
+        variant={"INDEX": _INDICES[rows_P.dtype]},
+    )
+    return out
+
+
+def _check_sum(op: str, y_ND: Tensor, rows: Rows, weights_TK: Tensor) -> None:
+    _check(op, y_ND, "y_ND", rows, weights_TK.numel())
+    require_shape(op, "weights_TK", weights_TK, -1, -1)
+    require_contiguous(op, weights_TK=weights_TK)
+    require_device(op, y_ND, weights_TK=weights_TK)
+    num_rows = rows.pairs_N.shape[0]
+    require(y_ND.shape[0] == num_rows, op, f"y_ND must have {num_rows} rows, not {y_ND.shape[0]}")
 
 
 def _check(op: str, x: Tensor, name: str, rows: Rows, num_pairs: int) -> None:
@@ -118,24 +164,28 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y, weights, pairs, rows_P = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        (num_tokens, k), (num_rows, width) = weights.shape, y.shape
-        grad_y = launch.empty(y.shape, y.dtype, y)
-        grad_weights = launch.empty(weights.shape, torch.float32, y)
-        config = launch.pick(BACKWARD, tokens=num_tokens, width=width)
-        block = config["BLOCK"]
-        launch.launch(
-            BACKWARD,
-            _grid(num_tokens * k, block // 32) + _grid(num_rows, block),
-            block,
-            (grad, y, rows_P, pairs, weights, grad_y, grad_weights, num_tokens, k, num_rows, width,
-             _by_chunks(width, grad, y, grad_y)),
-            device_of=y,
-            config=config,
-            variant={"REAL": _NUMBERS[y.dtype], "INDEX": _INDICES[rows_P.dtype]},
-        )  # fmt: skip
-        return grad_y, grad_weights, None, None
+        return *_unpermute_backward(grads[0].contiguous(), *ctx.saved_tensors), None, None
+
+
+def _unpermute_backward(
+    grad: Tensor, y: Tensor, weights: Tensor, pairs: Tensor, rows_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    (num_tokens, k), (num_rows, width) = weights.shape, y.shape
+    grad_y = launch.empty(y.shape, y.dtype, y)
+    grad_weights = launch.empty(weights.shape, torch.float32, y)
+    config = launch.pick(BACKWARD, tokens=num_tokens, D=width)
+    block = config["BLOCK"]
+    launch.launch(
+        BACKWARD,
+        _grid(num_tokens * k, block // 32) + _grid(num_rows, block),
+        block,
+        (grad, y, rows_P, pairs, weights, grad_y, grad_weights, num_tokens, k, num_rows, width,
+         _by_chunks(width, grad, y, grad_y)),
+        device_of=y,
+        config=config,
+        variant={"REAL": _NUMBERS[y.dtype], "INDEX": _INDICES[rows_P.dtype]},
+    )  # fmt: skip
+    return grad_y, grad_weights
 
 
 def _sum_rows(y: Tensor, rows_P: Tensor, weights: Tensor | None, num_tokens: int) -> Tensor:
@@ -143,7 +193,7 @@ def _sum_rows(y: Tensor, rows_P: Tensor, weights: Tensor | None, num_tokens: int
     num_rows, width = y.shape
     out = launch.empty((num_tokens, width), y.dtype, y)
     k = rows_P.numel() // max(num_tokens, 1)
-    config = launch.pick(UNPERMUTE, tokens=num_tokens, width=width)
+    config = launch.pick(UNPERMUTE, tokens=num_tokens, D=width)
     launch.launch(
         UNPERMUTE,
         num_tokens,

@@ -14,7 +14,10 @@ from .leveling import Ints
 
 Floats = NDArray[np.float64]
 
-MOST_SETS = 4096
+MOST_LOADS = 1 << 20
+"""Loads of ranks that a step of `improve` computes; beyond, it makes replicas of experts of the busiest rank only."""
+
+MOST_SETS = 1024
 """Sets of ranks that `steady` looks at, small ones first."""
 
 
@@ -176,9 +179,11 @@ class _Changes:
         return float(gain[i, j]), [(int(ours[i]), int(b[0, j])), (int(theirs[j]), int(a[i, 0]))]
 
     def _best_replica(self) -> tuple[float, list[tuple[int, int]]]:
-        """Of an expert of the busiest rank, in the slot of some other expert's replica."""
+        """Of an expert, in the slot of some other expert's replica."""
         spare = np.flatnonzero(self._counts_E[self.experts_P] > 1)
-        wanted = np.unique(self.experts_P[self._rank_P == self._top])
+        wanted = np.arange(len(self._load))
+        if len(spare) * len(wanted) * self._num_ranks > MOST_LOADS:
+            wanted = np.unique(self.experts_P[self._rank_P == self._top])
         if not len(spare):
             return 0.0, []
         a, rank = self.experts_P[spare], self._rank_P[spare]

@@ -116,17 +116,33 @@ class _TokenLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         logits, tokens, entropies, norms = ctx.saved_tensors
-        grad_logprobs, grad_entropies = (grad.contiguous() for grad in grads[:2])
-        grad_logits = logits.detach() if ctx.overwrite else launch.empty(logits.shape, logits.dtype, logits)
-        _start(
-            BACKWARD,
-            logits,
-            (logits, tokens, entropies, norms, grad_logprobs, grad_entropies, grad_logits, logits.shape[1],
-             ctx.inverse_temperature, _by_chunks(logits, grad_logits)),
-        )  # fmt: skip
-        if ctx.overwrite:
-            torch.autograd.graph.increment_version(logits)
-        return grad_logits, None, None, None
+        by_logprob, by_entropy = (grad.contiguous() for grad in grads[:2])
+        temper, overwrite = ctx.inverse_temperature, ctx.overwrite
+        grad = _backward(logits, tokens, entropies, norms, by_logprob, by_entropy, temper, overwrite=overwrite)
+        return grad, None, None, None
+
+
+def _backward(
+    logits: Tensor,
+    tokens: Tensor,
+    entropies: Tensor,
+    norms: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropies: Tensor,
+    inverse_temperature: float,
+    *,
+    overwrite: bool,
+) -> Tensor:
+    grad_logits = logits.detach() if overwrite else launch.empty(logits.shape, logits.dtype, logits)
+    _start(
+        BACKWARD,
+        logits,
+        (logits, tokens, entropies, norms, grad_logprobs, grad_entropies, grad_logits, logits.shape[1],
+         inverse_temperature, _by_chunks(logits, grad_logits)),
+    )  # fmt: skip
+    if overwrite:
+        torch.autograd.graph.increment_version(logits)
+    return grad_logits
 
 
 def _by_chunks(*tensors: Tensor) -> int:
@@ -134,6 +150,6 @@ def _by_chunks(*tensors: Tensor) -> int:
 
 
 def _start(spec: KernelSpec, logits: Tensor, args: tuple[launch.Argument, ...]) -> None:
-    config = launch.pick(spec, rows=logits.shape[0], vocabulary=logits.shape[1])
+    config = launch.pick(spec, tokens=logits.shape[0], V=logits.shape[1])
     variant = {"LOGIT": _LOGITS[logits.dtype]}
     launch.launch(spec, logits.shape[0], config["BLOCK"], args, device_of=logits, config=config, variant=variant)

@@ -60,6 +60,20 @@ def join(values: Sequence[Any], empty: Empty = np.empty) -> Any:
     return list(values)
 
 
+def arrays(value: Any) -> list[np.ndarray]:
+    """Those that are a batch, or a part of a dict or dataclass; not those in lists."""
+    if isinstance(value, np.ndarray):
+        return [value]
+    return [] if isinstance(value, list) else [array for _, inner in _items(value) for array in arrays(inner)]
+
+
+def with_arrays(value: Any, others: dict[int, np.ndarray]) -> Any:
+    """The same batch with other arrays, by the `id` of those in whose place they are."""
+    if isinstance(value, np.ndarray):
+        return others.get(id(value), value)
+    return _map(value, lambda inner: with_arrays(inner, others))
+
+
 def nbytes(value: Any) -> int:
     """Of all arrays in it."""
     if isinstance(value, np.ndarray):

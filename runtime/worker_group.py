@@ -14,15 +14,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .actor import Actor, MessageSpec
+from .batches import Empty, arrays, nbytes, with_arrays
+from .codec import LEND_BYTES
 from .deadline import current_scope, deadline_of_call, timeout
-from .dispatch import Arguments, Protocol
+from .dispatch import Arguments, Collect, Protocol
 from .errors import ActorDied, BadSample, RankError, RemoteError, RuntimeFault
 from .layout import Layout
+from .lending import INLINE_BYTES
 from .remote_batch import RemoteBatch, RemotePart
 from .supervisor import RestartPolicy
 from .worker import ANSWER, DROP, Worker, fetch
@@ -30,8 +35,6 @@ from .worker import ANSWER, DROP, Worker, fetch
 if TYPE_CHECKING:
     from .node import Node
     from .system import System
-
-_Collect = Callable[[list[Any], Arguments], Any]
 
 _serials = itertools.count(1)
 
@@ -109,6 +112,17 @@ class WorkerGroup:
     def __repr__(self) -> str:
         return f"WorkerGroup({self.names[0]!r}, {self.layout})"
 
+    def _beside(self) -> bool:
+        """Whether a rank is in another process of this host."""
+        local = self._node.transport.local
+        return any(status is not None and status.node in local for status in map(self._node.directory.look, self.names))
+
+    def _forget(self, key: str) -> None:
+        """Ranks that keep their part of a call that has failed need not."""
+        for name in self.names:
+            with suppress(RuntimeFault):
+                self._node.cast(name, "forget_parts", ([key],), {})
+
     def _ask_for(self, part: RemotePart) -> Coroutine[Any, Any, Any]:
         return self._node.ref(part.owner).kept_part(part.key, part.start, part.stop)
 
@@ -128,7 +142,7 @@ class GroupMessage:
         ActorDied, DeadlineExceeded, ...
         """
         asked = Arguments(args, kwargs)
-        return self._begin(asked, self._distributed(asked), self._collected)
+        return self._begin(asked, self._distributed(asked), self._protocol.collect)
 
     def keep(self, *args: Any, **kwargs: Any) -> asyncio.Task[RemoteBatch]:
         """The same, but the result stays with the ranks; the task's result is its handle."""
@@ -148,11 +162,12 @@ class GroupMessage:
             raise ValueError(f"{self} ({self._protocol.name}): {error}") from None
 
     def _begin(
-        self, asked: Arguments, calls: list[Arguments | None], collect: _Collect, key: str = ANSWER
+        self, asked: Arguments, calls: list[Arguments | None], collect: Collect, key: str = ANSWER
     ) -> asyncio.Task[Any]:
         return asyncio.create_task(self._ask_all(asked, calls, collect, key), name=repr(self))
 
-    async def _ask_all(self, asked: Arguments, calls: list[Arguments | None], collect: _Collect, key: str) -> Any:
+    async def _ask_all(self, asked: Arguments, calls: list[Arguments | None], collect: Collect, key: str) -> Any:
+        calls = await self._shared(asked) or calls
         sources = self._protocol.sources(self._group.layout)
         spared = DROP if self._protocol.cuts else ANSWER  # Copies of large answers are not even sent.
         ranks = {
@@ -167,11 +182,12 @@ class GroupMessage:
                 # A death explains what it made the others raise.
                 rank = min(failed, key=lambda r: (not isinstance(failed[r], ActorDied), r))
                 raise self._blame(rank, calls[rank], failed[rank]) from failed[rank]
-        finally:
-            for answer in ranks.values():
-                answer.cancel()
-            await asyncio.gather(*ranks.values(), return_exceptions=True)
-        return collect([ranks[rank].result() for rank in sources if rank in ranks], asked)
+        except BaseException:
+            await _ended(ranks.values())
+            if key != ANSWER:
+                self._group._forget(key)
+            raise
+        return await self._collected(collect, [ranks[rank].result() for rank in sources if rank in ranks], asked)
 
     async def _ask(self, rank: int, call: Arguments, key: str) -> Any:
         ref = self._group._refs[rank]
@@ -182,11 +198,26 @@ class GroupMessage:
         async with timeout(deadline_of_call(current_scope(), now, self._spec.deadline_s) - now):
             return await ref.run_method(self._spec.name, list(call.args), call.kwargs, key)
 
-    def _collected(self, answers: list[Any], asked: Arguments) -> Any:
-        return self._protocol.collect(answers, asked, self._group._node.empty)
+    async def _shared(self, asked: Arguments) -> list[Arguments | None] | None:
+        """What each rank is asked, if large arrays were put where all ranks can read them: once, whoever gets them."""
+        node = self._group._node
+        large = [a for value in (*asked.args, *asked.kwargs.values()) for a in arrays(value) if a.nbytes >= LEND_BYTES]
+        if sum(a.nbytes for a in large) <= INLINE_BYTES or not self._group._beside():
+            return None
+        found = await node.lending.shared(large)
+        others = {id(old): new for old, new in zip(large, found, strict=True) if old is not new}
+        return self._distributed(asked.map(lambda value: with_arrays(value, others))) if others else None
 
-    def _handle(self, key: str) -> _Collect:
-        def collect(answers: list[Any], asked: Arguments) -> RemoteBatch:
+    async def _collected(self, collect: Collect, answers: list[Any], asked: Arguments) -> Any:
+        """Large parts are joined by the thread that copies arrays, while the loop goes on."""
+        node = self._group._node
+        work = partial(collect, answers, asked, node.empty)
+        if not self._protocol.cuts or nbytes(answers) <= INLINE_BYTES:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(node.lending.arena.porter, work)
+
+    def _handle(self, key: str) -> Collect:
+        def collect(answers: list[Any], asked: Arguments, empty: Empty) -> RemoteBatch:
             names = [self._group.names[rank] for rank in self._protocol.sources(self._group.layout)]
             parts = [RemotePart(own, key, 0, samples) for own, (samples, _) in zip(names, answers, strict=True)]
             whole = RemoteBatch(parts, sum(size for _, size in answers))
@@ -206,6 +237,12 @@ class GroupMessage:
         if isinstance(error, RemoteError):
             return RankError(f"{where}: {error.args[0]}", error.remote_type, error.remote_traceback, rank)
         return type(error)(f"{where}: {error}")
+
+
+async def _ended(tasks: Collection[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def rank_names(name: str, size: int) -> list[str]:

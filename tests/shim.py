@@ -13,6 +13,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -49,16 +50,23 @@ class ShimBackend:
     """For `headrace.kernels.launch.backend`. Seed 0 is the orderly schedule; each other one is an adversary of its own.
 
     `only_blocks(num_blocks)` chooses the blocks that run, by their linear index; `limit_s` is CPU time for each launch.
+    With `races` every load and store is watched (tests/shim/races.h): slower, and no luck with the schedule is needed.
     """
 
     def __init__(
-        self, seed: int = 0, *, only_blocks: Callable[[int], Sequence[int]] = range, limit_s: float = 20.0
+        self,
+        seed: int = 0,
+        *,
+        races: bool = False,
+        only_blocks: Callable[[int], Sequence[int]] = range,
+        limit_s: float = 20.0,
     ) -> None:
         self.seed = seed
         self.launches: list[str] = []
         """Names of the kernels that ran."""
         self._only_blocks = only_blocks
         self._limit_s = limit_s
+        self._races = races
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory full of 0xCB, as shared memory is."""
@@ -76,7 +84,7 @@ class ShimBackend:
         defines: Mapping[str, int | str],
         shared_bytes: int,
     ) -> None:
-        runtime, library = _runtime(), _library(*_version(spec.source), tuple(sorted(defines.items())))
+        runtime, library = _runtime(), _library(*_version(spec.source), tuple(sorted(defines.items())), self._races)
         self.launches.append(spec.name)
         _check_limits(spec.name, grid, block, shared_bytes)
         _check_signature(library, spec.name, args)
@@ -97,12 +105,13 @@ class ShimBackend:
             ctypes.c_double(self._limit_s),
             (ctypes.c_longlong * len(blocks))(*blocks),
             ctypes.c_longlong(len(blocks)),
+            ctypes.c_int(self._races),
             text,
             ctypes.c_size_t(len(text)),
         )
         beside = memory.release()
         if failed:
-            raise KernelFault(f"{spec.name}: {text.value.decode()}")
+            raise KernelFault(f"{spec.name}: {_with_line(text.value.decode(), library)}")
         if beside >= 0:
             raise KernelFault(f"{spec.name}: somebody wrote right beside argument {beside}")
 
@@ -179,12 +188,22 @@ def _kind(arg: Argument) -> str:
 
 @cache
 def _runtime() -> ctypes.CDLL:
-    source, header = HERE / "fibers.cpp", HERE / "fibers.h"
+    source = HERE / "fibers.cpp"
     flags = [flag for flag in FLAGS if not flag.startswith(("-fsanitize", "-fvisibility"))]
-    path = _built(source.read_text() + header.read_text(), f'#include "{source}"\n', flags)
+    path = _built("".join(file.read_text() for file in sorted(HERE.iterdir())), f'#include "{source}"\n', flags)
     runtime = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     runtime.shim_map.restype = ctypes.c_void_p
     return runtime
+
+
+def _with_line(text: str, library: ctypes.CDLL) -> str:
+    """The message with the line of the source where it has an address of the library."""
+    match = re.search(r" \[code \+(0x[0-9a-f]+)\]", text)
+    if match is None:
+        return text
+    address = hex(int(match[1], 16) - 1)  # the call, not what follows it
+    done = subprocess.run(["addr2line", "-e", library._name, address], capture_output=True, text=True, check=False)
+    return text.replace(match[0], f" ({Path(done.stdout.split()[0]).name})" if done.stdout.strip() else "")
 
 
 def _version(source: str) -> tuple[str, int]:
@@ -193,9 +212,10 @@ def _version(source: str) -> tuple[str, int]:
 
 
 @cache
-def _library(source: str, written: int, defines: tuple[tuple[str, int | str], ...]) -> ctypes.CDLL:
+def _library(source: str, written: int, defines: tuple[tuple[str, int | str], ...], races: bool) -> ctypes.CDLL:
     path = SOURCES / source
     flags = [*FLAGS, "-DHEADRACE_SHIM", f"-I{SOURCES}", *(f"-D{name}={value}" for name, value in defines)]
+    flags += ["-fsanitize=thread"] * races
     lines = [f'#include "{HERE / "device.h"}"', "#pragma GCC visibility push(default)", "SHIM_LIBRARY"]
     lines += [f'#include "{path}"', *(f"SHIM_KERNEL({name})" for name in kernel_names(source))]
     content = source_text(path) + "".join(file.read_text() for file in sorted(HERE.iterdir()))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from headrace import kernels
 from headrace.kernels import build
 from headrace.kernels.launch import KernelSpec
+from headrace.kernels.specs import all_specs
 
 pytest.importorskip("cupy", reason="needs cupy and NVRTC (the extra `test`)")
 
@@ -21,13 +19,7 @@ MAX_REGISTERS = 255
 MAX_SHARED_BYTES = 48 * 1024
 
 
-def specs() -> Iterator[tuple[str, KernelSpec]]:
-    for module in pkgutil.iter_modules(kernels.__path__):
-        for spec in getattr(importlib.import_module(f"headrace.kernels.{module.name}"), "SPECS", ()):
-            yield module.name, spec
-
-
-SPECS = list(specs())
+SPECS = list(all_specs())
 
 
 @pytest.fixture(scope="module", autouse=True)

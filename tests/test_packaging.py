@@ -1,4 +1,4 @@
-"""What is in the wheel: every module of the tree, and nothing else. The wheel is built from a copy, without network."""
+"""What is in the wheel: every module and kernel, and nothing else. The wheel is built from a copy, without network."""
 
 import importlib
 import os
@@ -84,7 +84,10 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
     metadata = {name for name in names if ".dist-info/" in name}
-    assert names - metadata == {installed_path(path) for path in modules()} | {"headrace/py.typed"}
+    files = {installed_path(path.relative_to(ROOT)) for path in (ROOT / "bin" / "clusters").glob("*.toml")}
+    cuda = {f"headrace/kernels/cuda/{path.name}" for path in (ROOT / "kernels" / "cuda").iterdir()}
+    assert files and cuda
+    assert names - metadata == {installed_path(path) for path in modules()} | files | cuda | {"headrace/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
 
 
@@ -92,7 +95,8 @@ def test_wheel_runs_from_where_it_is_unpacked(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path)
     here = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
-    script = "import headrace, headrace.kernels, headrace.actors; print(headrace.__file__)"
+    script = "import headrace, headrace.actors; from headrace.kernels.build import kernel_names; "
+    script += "assert kernel_names('align.cu'); print(headrace.__file__)"
     done = subprocess.run([sys.executable, "-c", script], env=here, capture_output=True, text=True, timeout=60)
     assert done.stdout == f"{tmp_path}/headrace/__init__.py\n", done.stderr
     for arguments, code, text in [

@@ -22,9 +22,11 @@ class Kernel:
         path.write_text(f'#include "common.cuh"\nextern "C" __global__ void k({parameters}) {{\n{body}\n}}\n')
         self.spec = KernelSpec(source=str(path), name="k")
 
-    def __call__(self, *args: Argument, grid: int = 1, block: int = 64, seed: int = 0, shared: int = 0) -> None:
+    def __call__(
+        self, *args: Argument, grid: int = 1, block: int = 64, seed: int = 0, shared: int = 0, races: bool = False
+    ) -> None:
         like = next(arg for arg in args if isinstance(arg, torch.Tensor))
-        with backend(ShimBackend(seed, limit_s=2.0)):
+        with backend(ShimBackend(seed, races=races, limit_s=2.0)):
             launch(self.spec, grid, block, args, device_of=like, shared_bytes=shared)
 
 
@@ -266,3 +268,69 @@ def test_warp_operations_mean_what_cuda_says(tmp_path):
             ]
             wanted += [thirds, same, 496, -1, 2, 7]
             assert [value % 2**32 for value in row] == [value % 2**32 for value in wanted]
+
+
+RACES = {
+    "missing barrier": (REVERSE.replace("BARRIER", ";"), "nobody has written|written by|read by"),
+    "warp barrier instead of a block's": (
+        REVERSE.replace("BARRIER", "__syncwarp()"),
+        "nobody has written|written by|read by",
+    ),
+    "update without an atomic": (
+        "__shared__ int n; if (!threadIdx.x) n = 0; __syncthreads(); n += 1; y[0] = x[0];",
+        "thread",
+    ),
+    "one cell for all threads": ("y[0] = x[threadIdx.x];", r"race: writes byte 0 of argument 1, written by thread \d+"),
+    "one cell for all blocks": (
+        "if (!threadIdx.x) y[0] = blockIdx.x;",
+        "another block's thread 0 with nothing in between",
+    ),
+    "atomic beside a plain read": ("if (threadIdx.x) atomicAdd(y, x[0]); else y[1] = y[0];", "thread"),
+    "read while another writes": (
+        "if (threadIdx.x == 40) y[0] = 1; else if (threadIdx.x == 3) y[1] = y[0];",
+        "of argument 1",
+    ),
+    "one byte too far": (
+        "if (!threadIdx.x) y[1] = *(const int*)((const char*)(x + 63) + 1);",
+        "offset 253 of argument 0",
+    ),
+    "lanes that the mask leaves out": (
+        "__shared__ int s[64]; s[threadIdx.x] = 1; if (threadIdx.x % 32 < 16) __syncwarp(0xffff);\n"
+        "if (threadIdx.x == 0) y[0] = s[20];",
+        "nobody has written|written by",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", RACES)
+def test_races_are_seen_on_every_schedule(fault, tmp_path):
+    body, message = RACES[fault]
+    kernel = Kernel(tmp_path, "const int* x, int* y", body)
+    x, y = torch.ones(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    for seed in SEEDS:
+        with pytest.raises(KernelFault, match=message):
+            kernel(x, y, grid=2, seed=seed, races=True)
+
+
+def test_ordered_threads_do_not_race(tmp_path):
+    body = """
+      __shared__ int s[64], n;
+      if (threadIdx.x == 0) n = 0;
+      s[threadIdx.x] = x[threadIdx.x];
+      __syncthreads();
+      atomicAdd(&n, s[63 - threadIdx.x]);
+      __syncthreads();
+      const int sum = n;
+      s[threadIdx.x] = sum;                       // after a barrier: the others have read it
+      __syncwarp();
+      const int next = s[threadIdx.x ^ 1];
+      __syncwarp();
+      s[threadIdx.x] = next + __shfl_xor_sync(0xffffffffu, sum, 1);
+      atomicAdd(y + 1, 1);
+      if (threadIdx.x == 0 && blockIdx.x == 0) y[0] = s[0];
+    """
+    kernel = Kernel(tmp_path, "const int* x, int* y", body)
+    for seed in SEEDS:
+        y = torch.zeros(2, dtype=torch.int32)
+        kernel(torch.ones(64, dtype=torch.int32), y, grid=3, seed=seed, races=True)
+        assert y.tolist() == [128, 192]

@@ -4,6 +4,8 @@ import asyncio
 import os
 import re
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -123,20 +125,50 @@ async def test_a_rule_of_the_users_own_agrees_with_the_rule_of_the_default_job()
         await verifier.stop(None)
 
 
-async def test_the_readmes_verifier_of_ones_own(tmp_path, monkeypatch):
-    section = (CLUSTER.parent / "README.md").read_text().split("## A verifier of your own\n")[1].split("\n## ")[0]
-    program, settings = re.findall(r"^```\w+\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-    (tmp_path / "my_judge.py").write_text(program)
-    monkeypatch.syspath_prepend(tmp_path)
+def readme(title: str) -> list[str]:
+    """The blocks of a section."""
+    section = (CLUSTER.parent / "README.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    return re.findall(r"^```\w+\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+
+
+@asynccontextmanager
+async def as_written(settings: str) -> AsyncIterator[TextVerifier]:
+    """The verifier of a block of settings."""
     cluster, _ = load_cluster(parse(f'[run]\nname = "x"\n{settings}', "README.md"), {})
     verifier = cluster.actors["verifier"].instance
     assert isinstance(verifier, TextVerifier)
     await verifier.start()
     try:
-        [group] = groups(1)
-        assert [v.correct for v in await verifier.judge(group)][:2] == [True, False]
+        yield verifier
     finally:
         await verifier.stop(None)
+
+
+async def test_the_readmes_verifiers_of_ones_own(tmp_path, monkeypatch):
+    program, by_function, by_class = readme("A verifier of your own")
+    (tmp_path / "my_judge.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    [group] = groups(1)
+    total = int(group.prompt.answer)
+    async with as_written(by_function) as verifier:
+        assert [v.correct for v in await verifier.judge(group)][:2] == [True, False]
+    async with as_written(by_class) as verifier:
+        near = Case(reference=group.prompt.answer, response=f"#{total + 10}")
+        [verdict] = await verifier.judge_cases([near])
+        assert (await verifier.judge(group))[0].reward == 1.0 and verdict.reward == 0.5
+
+
+async def test_the_readmes_policies():
+    [settings] = readme("Verifiers")
+    cases = [
+        Case(reference=reference, response=f"Answer: {response}", dataset=dataset)
+        for dataset, reference, response in (
+            ("gsm8k", "50", "50 %"), ("physics", "5 \\text{ cm}", "5 m"), ("other", "5 \\text{ cm}", "5 m"),
+            ("physics", "1/3", "0.33"), ("other", "1/3", "0.33"),
+        )
+    ]  # fmt: skip
+    async with as_written(settings) as verifier:
+        assert [v.correct for v in await verifier.judge_cases(cases)] == [True, False, True, True, False]
 
 
 async def test_a_graded_verdict_is_the_reward_and_makes_a_signal():

@@ -24,7 +24,6 @@ from headrace.runtime.errors import (
     BadSample,
     BatchesFull,
     BatchGone,
-    DeadlineExceeded,
     RankError,
     RemoteError,
 )
@@ -171,6 +170,15 @@ async def test_a_batch_stays_with_the_ranks_and_goes_from_rank_to_rank() -> None
             one.whoami.keep()
 
 
+async def test_a_call_that_fails_leaves_nothing_behind() -> None:
+    async with System() as system, ranks(Layout(2), "a", system) as group:
+        with pytest.raises(RankError, match="rank 0 has kept its part"):
+            await group.fussy.keep(np.ones((4, 2)))
+        async with timeout(10):
+            while await system.find("a").kept_bytes():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
 async def test_only_the_rank_that_counts_keeps_a_batch() -> None:
     async with System() as system, ranks(Layout(dp=1, tp=2), "a", system) as group:
         kept = await group.sums.keep(np.ones((4, 2)))
@@ -204,7 +212,8 @@ async def test_deadline_and_cancellation_reach_every_rank() -> None:
             while [await ref.num_waiting() for ref in refs] != [wanted, wanted]:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
-        with pytest.raises(DeadlineExceeded, match="rank 0"):
+        # On a busy loop the block itself may end first; else the error names a rank and what it was asked.
+        with pytest.raises(TimeoutError, match=r"^$|rank [01] of ranks"):
             async with timeout(0.3):
                 await group.hang([1, 2])
         await asyncio.wait_for(waiting(0), 10)

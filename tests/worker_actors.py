@@ -119,6 +119,15 @@ class Rank(Worker):
 
     @dispatch(DP)
     @message
+    async def fussy(self, rows: np.ndarray) -> np.ndarray:
+        if self.rank:
+            while not await self.find(self.name.partition("/")[0]).kept_bytes():  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            raise ArithmeticError("rank 0 has kept its part")
+        return rows + 1
+
+    @dispatch(DP)
+    @message
     async def hang(self, numbers: list[int]) -> list[int]:
         self.waiting += 1
         try:

@@ -66,6 +66,12 @@ class Trainer(Worker):
         """RL steps that these weights have seen."""
         return self._learner.step if self._learner.stage == "rl" else 0
 
+    @dispatch(RANK_ZERO)
+    @message(deadline_s=600.0)
+    async def expert_load(self) -> tuple[int, np.ndarray]:
+        """RL steps done, and the (token, choice) pairs of each expert in the last one, int64 [layers, E]."""
+        return await self.position(), self._learner.expert_load
+
     @dispatch(SPMD)
     @message(thread=True, deadline_s=600.0)
     def rewind(self) -> None:

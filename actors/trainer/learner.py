@@ -41,6 +41,8 @@ class Learner:
         self._sft = sft
         self._rl = rl
         self._model = Qwen3Moe(config, seed=seed)
+        self.expert_load = np.zeros((config.num_layers, config.num_experts), np.int64)
+        """Pairs of each expert in the last RL step of this learner; zeros before it."""
         self._enter("sft")
 
     @property
@@ -83,7 +85,9 @@ class Learner:
                 self._updater.update(mini_batch, loss, tally)
         learning_rate = self._updater.learning_rate
         self._updater.step += 1
-        return tally.metrics(learning_rate=learning_rate) | describe(update.groups)
+        metrics = tally.metrics(learning_rate=learning_rate) | describe(update.groups)
+        self.expert_load = tally.load
+        return metrics
 
     def weights(self) -> dict[str, np.ndarray]:
         """The weights, fp32 by Hugging Face name. They are views: the next step changes them."""

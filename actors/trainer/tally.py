@@ -75,6 +75,12 @@ class Tally:
             "expert_load": float((load.amax(1) / load.mean(1)).max()),
         }
 
+    @property
+    def load(self) -> np.ndarray:
+        """(token, choice) pairs of each expert, int64 [layers, E]: of all ranks, once `metrics` was asked for."""
+        assert self._load is not None
+        return self._load.numpy().astype(np.int64)
+
     def critic_metrics(self, *, learning_rate: float) -> dict[str, float]:
         """What a step of the critic came to: its fit, from the sums that value_learner.py watches."""
         self._merge()

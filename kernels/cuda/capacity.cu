@@ -5,14 +5,15 @@
 //   capacity_E   int64 [E]       pairs that each expert takes
 //   load_E       int64 [E]       pairs that it has
 //   ids_TK       INDEX [T, K]    expert of each pair by now; -1: none
-//   proposal_TK  INDEX [T, K]    expert that a pair without one asks; E: it asks none
+//   proposal_TK  INDEX [T, K]    expert that a pair without one asks; -1: it asks none
 //
-// A round is `capacity_propose`, the stable sort of the proposals (K3, over E + 1 experts), `capacity_accept`. The first
+// A round is `capacity_propose`, the stable sort of the proposals (K3), `capacity_accept`. The first
 // round proposes what was wanted. What is accepted stays. kernels/reference/capacity.py is the definition.
 //
 // propose: a warp per token, K <= 32; its pairs ask in turn, and no two of them the same expert.
 // accept: a block per expert; of its rows it takes the best scores, of equal ones the lower pairs: the score at the
 // limit is found by its bits, eight at a time, from counts. The only atomics count: their order can't be seen.
+// The 1 in the launch bounds keeps the compiler from spilling registers.
 #include "common.cuh"
 
 #ifndef BLOCK
@@ -28,14 +29,14 @@ static __device__ __forceinline__ unsigned order_of(float score) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
 capacity_propose(const float* scores_TE, const INDEX* wanted_TK, const long long* capacity_E, const long long* load_E,
                  const INDEX* ids_TK, INDEX* proposal_TK, long long T, long long E, long long K) {
   const int lane = threadIdx.x % WARP;
   const long long token = (long long)blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
   if (token >= T) return;
   const long long pair = token * K + lane;
-  long long mine = lane < K ? (long long)ids_TK[pair] : -1, proposal = E;
+  long long mine = lane < K ? (long long)ids_TK[pair] : -1, proposal = -1;
   unsigned waiting = __ballot_sync(FULL_MASK, lane < K && mine < 0 && wanted_TK[pair] >= 0);
   while (waiting) {
     const int choice = __ffs(waiting) - 1;
@@ -53,12 +54,12 @@ capacity_propose(const float* scores_TE, const INDEX* wanted_TK, const long long
       }
     }
     for (int by = WARP / 2; by > 0; by /= 2) best = max(best, __shfl_xor_sync(FULL_MASK, best, by));
-    if (best && lane == choice) mine = proposal = 0xffffffffu - unsigned(best);
+    if (best && lane == choice) mine = proposal = 0xffffffffu - (unsigned)best;
   }
   if (lane < K) proposal_TK[pair] = static_cast<INDEX>(proposal);
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
 capacity_accept(const float* scores_TE, const INDEX* pairs_P, const int* ends_E, const long long* capacity_E,
                 long long* load_E, INDEX* ids_TK, long long E, long long K) {
   __shared__ int count[256];

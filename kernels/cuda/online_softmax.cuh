@@ -72,15 +72,15 @@ static __device__ __forceinline__ void read_row(Softmax (&mine)[MINE], const LOG
   const long long chunks = (V + CHUNK - 1) / CHUNK;
 #pragma unroll
   for (int m = 0; m < MINE; ++m) mine[m] = no_logits();
-  for (long long first = 0; first < chunks; first += LANES_OF_ROW)
+  for (long long first = threadIdx.x; first < chunks; first += LANES_OF_ROW) {
+    float x[MINE][CHUNK];
 #pragma unroll
-    for (int m = 0; m < MINE; ++m) {
-      const long long c = first + m * BLOCK + threadIdx.x;
-      if (c >= chunks) continue;
-      float x[CHUNK];
-      load_scaled(x, row, c, V, aligned, inverse_temperature);
-      add_chunk(mine[m], x, (int)c);
-    }
+    for (int m = 0; m < MINE; ++m)
+      if (first + m * BLOCK < chunks) load_scaled(x[m], row, first + m * BLOCK, V, aligned, inverse_temperature);
+#pragma unroll
+    for (int m = 0; m < MINE; ++m)
+      if (first + m * BLOCK < chunks) add_chunk(mine[m], x[m], (int)(first + m * BLOCK));
+  }
 }
 
 // The whole row, for thread 0. `shared` holds one entry per 32 lanes. All threads of the block take part.

@@ -9,6 +9,7 @@
 // early when one changes nothing. E <= E_MAX, ranks <= G_MAX.
 //
 // Deterministic: all numbers are integers, and the only atomics add integers whose order can't be seen.
+// One block on a multiprocessor is enough: told so, the compiler spills no registers.
 #include "common.cuh"
 
 #ifndef BLOCK
@@ -73,7 +74,7 @@ static __device__ bool pour(long long amount, const long long* slots, long long*
   return share != old;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
 replica_split(const long long* counts_LE, const long long* slots_LER, long long* quota_LER, long long E, long long R,
               long long G, long long slots_per_rank, long long sweeps) {
   __shared__ unsigned long long load[G_MAX];

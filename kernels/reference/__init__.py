@@ -33,6 +33,7 @@ from .routing import prob_sum as prob_sum
 from .routing import topk_gate as topk_gate
 from .rows import permute as permute
 from .rows import unpermute as unpermute
+from .rows import unpermute_fp8 as unpermute_fp8
 from .tokens import Sample as Sample
 from .tokens import TokenLogprobs as TokenLogprobs
 from .tokens import sample_logprob as sample_logprob

@@ -57,23 +57,24 @@ def plan_bucket(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) 
 
 
 def pack_weights(tensors: Sequence[Tensor], plan: Plan, scales: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """The bucket (uint8) and its checksum (int64, one element). Scales: float32, one for each row of the last dimension."""
-    bucket = torch.zeros(plan.num_bytes, dtype=torch.uint8)
+    """The bucket (uint8) and its checksum (int64, one element). Scales: float32 [rows of the last dimension]."""
+    device = tensors[0].device if tensors else None
+    bucket = torch.zeros(plan.num_bytes, dtype=torch.uint8, device=device)
     for tensor, place, scale in zip(tensors, plan.places, scales, strict=True):
-        cast = tensor if scale is None else encode(_rows(tensor).float(), scale.reshape(-1, 1))
+        cast = tensor
+        if scale is not None and tensor.numel():
+            cast = encode(tensor.float().reshape(len(scale), -1), scale.unsqueeze(1))
         cast = cast.to(place.dtype).contiguous().reshape(-1)
         bucket[place.offset : place.offset + place.num_bytes] = cast.view(torch.uint8)
     return bucket, checksum(bucket)
 
 
-def unpack_weights(
-    bucket: Tensor, plan: Plan, tensors: Sequence[Tensor], scales: Sequence[Tensor | None]
-) -> Tensor:
+def unpack_weights(bucket: Tensor, plan: Plan, tensors: Sequence[Tensor], scales: Sequence[Tensor | None]) -> Tensor:
     """Writes what is in the bucket into `tensors`; returns the checksum of the bucket as it was read."""
     for tensor, place, scale in zip(tensors, plan.places, scales, strict=True):
         found = bucket[place.offset : place.offset + place.num_bytes].view(place.dtype)
         if scale is not None and found.numel():
-            found = (found.float().reshape(-1, tensor.shape[-1]) * scale.reshape(-1, 1)).reshape(-1)
+            found = (found.float().reshape(len(scale), -1) * scale.unsqueeze(1)).reshape(-1)
         tensor.copy_(found.to(tensor.dtype).reshape(tensor.shape))
     return checksum(bucket)
 
@@ -85,10 +86,10 @@ def checksum(bucket: Tensor) -> Tensor:
     made odd: a change within one word always changes the sum.
     """
     words = bucket.view(torch.int32)
-    total = _mix(torch.tensor([-1 - bucket.numel()]))
+    total = _mix(torch.tensor([-1 - bucket.numel()], device=bucket.device))
     for begin in range(0, len(words), _CHUNK_WORDS):
         part = words[begin : begin + _CHUNK_WORDS].long() & 0xFFFFFFFF
-        total += (part * _mix(torch.arange(begin, begin + len(part)))).sum()
+        total += (part * _mix(torch.arange(begin, begin + len(part), device=bucket.device))).sum()
     return total
 
 
@@ -102,7 +103,3 @@ def _mix(index: Tensor) -> Tensor:
 def _shifted(z: Tensor, by: int) -> Tensor:
     """Right by so many bits, zeros from the left."""
     return (z >> by) & ((1 << (64 - by)) - 1)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.reshape(0, 1)

@@ -3,9 +3,9 @@
     x_RC --amax of a block--> scale = amax / 448 --> code = e4m3(clamp(x / scale)) --> x' = code * scale
 
 e4m3 has 3 bits of mantissa, normal numbers from 2^-6 to 448, no infinity. Values that are not finite take no part in a
-block's amax; an infinity gets the code of +-448, NaN the code 0x7F. R rows, any number; C columns, at least one. Every result is
-defined to the bit: sums that decide something are taken in float64, so their order does not show. Knows nothing of
-models, nor of when a weight is quantized.
+block's amax; an infinity gets the code of +-448, NaN the code 0x7F. R rows, any number; C columns, at least one. Every
+result is defined to the bit: sums that decide something are taken in float64, so their order does not show. Knows
+nothing of models, nor of when a weight is quantized.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def scale_of(amax: Tensor, *, pow2: bool) -> Tensor:
     """The scale by which `amax`, float32, becomes at most 448: amax / 448, or the power of two at or above it."""
     amax = amax.clamp(min=MIN_AMAX)
     if not pow2:
-        return amax / E4M3_MAX
+        return amax / torch.full_like(amax, E4M3_MAX)  # by a number, torch's CUDA division would take the reciprocal
     mantissa, exponent = torch.frexp(amax)  # 448 = 0.875 * 2**9
     exponent = exponent - 9 + (mantissa > 0.875).int()
     return ((exponent + 127) << 23).view(torch.float32)
@@ -102,7 +102,7 @@ def encode(x: Tensor, scales: Tensor) -> Tensor:
 
 
 def amax_scales(history_HN: Tensor, amax_N: Tensor, slot: int, *, pow2: bool = False) -> Tensor:
-    """Puts `amax_N` into row `slot` of the history, in place, and returns the scales of the largest amax of each column.
+    """Puts `amax_N` into row `slot` of the history, in place; returns the scales of the largest amax of each column.
 
     Delayed scaling: the next batch is quantized by what the last H batches needed, so it is read once.
     """
@@ -154,4 +154,5 @@ def _refit(moment: Tensor, w: Tensor, q: Tensor, otherwise: Tensor) -> Tensor:
 def _total(terms_RC: Tensor) -> Tensor:
     """Row sums [R, 1] in float64, of sums of 4 in float32: the order in which a thread of the kernel adds."""
     fours = F.pad(terms_RC, (0, -terms_RC.shape[1] % 4)).unflatten(1, (-1, 4))
-    return (fours[..., 0] + fours[..., 1] + fours[..., 2] + fours[..., 3]).double().sum(1, keepdim=True)
+    sums: Tensor = fours[..., 0] + fours[..., 1] + fours[..., 2] + fours[..., 3]
+    return sums.double().sum(1, keepdim=True)

@@ -22,14 +22,15 @@ def replica_split(
 def replica_dispatch(ids_TK: Tensor, rows: Rows, slots_ER: Tensor, quota_ER: Tensor) -> Tensor:
     """The slot of each pair, like ids_TK: an expert's pairs, in token order, fill its replicas one by one.
 
-    `rows` are those of ids_TK. Pairs beyond an expert's quota go to its last replica.
+    `rows` are those of ids_TK, without padding. Pairs beyond an expert's quota go to its last replica; a pair without a
+    row gets NO_SLOT.
     """
-    pairs = rows.pairs_N
+    pairs = rows.pairs_N[: int(rows.load_E.sum())].long()
     experts = ids_TK.reshape(-1)[pairs].long()
     start_E = rows.ends_E.long() - rows.load_E.long()
     place = torch.arange(len(pairs), device=ids_TK.device) - start_E[experts]
     replica = (place.unsqueeze(1) >= quota_ER.cumsum(1)[experts]).sum(1)
     last = (slots_ER != NO_SLOT).sum(1)[experts] - 1
-    result = torch.empty_like(ids_TK).reshape(-1)
+    result = torch.full_like(ids_TK, NO_SLOT).reshape(-1)
     result[pairs] = slots_ER[experts, torch.minimum(replica, last)].to(ids_TK.dtype)
     return result.reshape(ids_TK.shape)

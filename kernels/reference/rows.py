@@ -39,6 +39,14 @@ def unpermute(y_ND: Tensor, rows: Rows, weights_TK: Tensor) -> Tensor:
     return sum_TD.to(y_ND.dtype)
 
 
+def unpermute_fp8(y_ND: Tensor, scales_NB: Tensor, rows: Rows, weights_TK: Tensor) -> Tensor:
+    """`unpermute` of e4m3 rows, each number times its scale (one for each D / B columns): bfloat16 [T, D]."""
+    (num_rows, width), num_scales = y_ND.shape, scales_NB.shape[1]
+    wide_ND = y_ND.float().reshape(num_rows, num_scales, width // num_scales) * scales_NB.unsqueeze(-1)
+    rows = rows._replace(rows_P=inverse(rows, weights_TK.numel()))
+    return unpermute(wide_ND.reshape(num_rows, width), rows, weights_TK).to(torch.bfloat16)
+
+
 def inverse(rows: Rows, num_pairs: int) -> Tensor:
     """Pair -> row [P], -1 for a pair without a row; without waiting for a GPU."""
     if rows.rows_P is not None:

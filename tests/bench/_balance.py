@@ -10,6 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from headrace.actors.trainer.packing import balance
+from headrace.benchmark import Bar
+
+BALANCE_BARS = [
+    Bar("balance_golden_reached_count", ">=", 21),
+    Bar("balance_8192_into_128_s", "<=", 0.3),
+]
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "data" / "kk_golden" / "instances.json"
 LARGE = (8192, 128)

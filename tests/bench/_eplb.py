@@ -1,9 +1,9 @@
 """The placement that others use, as the bar: DeepSeek's Expert Parallelism Load Balancer, written from its description.
 
-Two pieces. Replicas: while there are slots, the expert with the most load per replica gets one more. Packing: items from
-the heaviest to the lightest, each to the lightest pack that has room. With groups and nodes, groups are first packed to
-nodes, experts replicated inside their node, and replicas packed to the node's ranks. It knows no earlier placement, and
-replicas of one expert share its load alike.
+Two pieces. Replicas: while there are slots, the expert with the most load per replica gets one more. Packing: items
+from the heaviest to the lightest, each to the lightest pack that has room. With groups and nodes, groups are first
+packed to nodes, experts replicated inside their node, and replicas packed to the node's ranks. It knows no earlier
+placement, and replicas of one expert share its load alike.
 """
 
 from __future__ import annotations

@@ -16,19 +16,20 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 from _bench_ranks import Echo
 
-from headrace.benchmark import Say
+from headrace.benchmark import Bar, Say
 from headrace.runtime import System
 from headrace.runtime.layout import Layout
 from headrace.runtime.worker_group import WorkerGroup
 
+GROUP_BARS = [Bar(f"group_call_{name}_ratio", "<=", 1.3) for name in ("in", "in_out", "born", "kept")]
+
 RANKS = 8
 BATCH = (8192, 1024)
 """float32: 32 MiB"""
-ROUNDS = 40
 WARM_UP = 5
 
 
-async def measure_groups(say: Say) -> dict[str, float]:
+async def measure_groups(rounds: int, say: Say) -> dict[str, float]:
     """Figures of group calls."""
     async with System() as system:
         group = await WorkerGroup.spawn(system, Echo(), name="echo", layout=Layout(dp=RANKS))
@@ -49,7 +50,7 @@ async def measure_groups(say: Say) -> dict[str, float]:
             for part, whole in zip(np.split(target, RANKS), np.split(x, RANKS), strict=True):
                 np.copyto(part, whole)
 
-        for turn in range(ROUNDS + WARM_UP):
+        for turn in range(rounds + WARM_UP):
             await timed("copy", copy)
             await timed("latency", lambda: group.take({"x": small}))
             await timed("in", lambda: group.take({"x": x}))

@@ -29,7 +29,12 @@ from headrace.actors.trainer.optim import BETAS
 from headrace.actors.trainer.packing import pack
 from headrace.actors.trainer.settings import RlSettings
 from headrace.actors.types import Group, Prompt, Segment, Trajectory, Verdict
-from headrace.benchmark import Say
+from headrace.benchmark import Bar, Say
+
+THROUGHPUT_BARS = [
+    Bar("trainer_over_plain_loop_ratio", ">=", 0.9),
+    Bar("packed_over_padded_ratio", ">=", 2.0),
+]
 
 CLUSTER = Path(__file__).parents[2] / "cluster.toml"
 STEPS = 4
@@ -47,7 +52,7 @@ def measure_throughput(rounds: int, say: Say) -> dict[str, float]:
     updates = [_update(seed, rl, job.task.vocab_size, job.task.max_prompt_tokens) for seed in range(STEPS)]
     samples = [[s for group in rated(u.groups, u.advantages) for s in group] for u in updates]
     figures = _beside_plain(model, rl, updates, samples, rounds)
-    say("beside the plain loop: done")
+    say("beside the plain loop: done, packed beside padded: started")
     return figures | _packed_beside_padded(replace(model, max_positions=TAIL_POSITIONS), rl, rounds)
 
 
@@ -90,7 +95,7 @@ def _packed_beside_padded(model: ModelConfig, rl: RlSettings, rounds: int) -> di
         "packed_tokens_per_s": tokens / times["packed"],
         "padded_tokens_per_s": tokens / times["padded"],
         "packed_over_padded_ratio": times["padded"] / times["packed"],
-        "padding_share_ratio": 1 - sum(lengths) / sum(len(batch.tokens) for batch in padded),
+        "padding_share_ratio": float(1 - sum(s.num_inputs for s in samples) / sum(len(b.tokens) for b in padded)),
     }
 
 

@@ -9,41 +9,48 @@ group_call                8 ranks in processes of their own, 32 MiB of batch; se
                           are to one memcpy of those bytes plus the same call with 8 numbers (latency). born: the batch
                           was made in shared memory; kept: and the result stays with the ranks; to the latency alone.
 
+learning                  DAPO and VAPO on the default task, and VAPO without two of its parts; see _learning.py. Twenty
+                          minutes on two quiet cores; the other sections take two.
+
 Turn by turn in one run, so ratios hold on a busy machine too; tokens per second and times do not.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 
 import uvloop
-from _balance import measure_balance
-from _groups import measure_groups
-from _throughput import measure_throughput
+from _balance import BALANCE_BARS, measure_balance
+from _groups import GROUP_BARS, measure_groups
+from _learning import LEARNING_BARS, measure_learning
+from _throughput import THROUGHPUT_BARS, measure_throughput
 
-from headrace.benchmark import Bar, Figures, Say
+from headrace.benchmark import Figures, Say
 
-EXAMPLE = "bin/bench trainer --quick --json trainer.json"
+EXAMPLE = "bin/bench trainer --section throughput --section groups --quick --json trainer.json"
 
-BARS = [
-    Bar("trainer_over_plain_loop_ratio", ">=", 0.9),
-    Bar("packed_over_padded_ratio", ">=", 2.0),
-    Bar("balance_golden_reached_count", ">=", 21),
-    Bar("balance_8192_into_128_s", "<=", 0.3),
-    Bar("group_call_in_ratio", "<=", 1.3),
-    Bar("group_call_in_out_ratio", "<=", 1.3),
-    Bar("group_call_born_ratio", "<=", 1.3),
-    Bar("group_call_kept_ratio", "<=", 1.3),
-]
+BARS = [*THROUGHPUT_BARS, *BALANCE_BARS, *GROUP_BARS, *LEARNING_BARS]
+
+SECTIONS: Mapping[str, Callable[[bool, Say], Mapping[str, float | None]]] = {
+    "throughput": lambda quick, say: measure_throughput(8 if quick else 40, say),
+    "balance": lambda quick, say: measure_balance(),
+    "groups": lambda quick, say: uvloop.run(measure_groups(10 if quick else 40, say)),
+    "learning": lambda quick, say: measure_learning(say),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: half a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds in the sections throughput and groups")
+    parser.add_argument(
+        "--section", action="append", choices=[*SECTIONS], help="only this one, or these; what is left out is None"
+    )
 
 
 def measure(options: argparse.Namespace, say: Say) -> Figures:
-    """All figures."""
-    figures: dict[str, float | None] = {**measure_throughput(8 if options.quick else 40, say)}
-    figures |= measure_balance()
-    say("balancing: done")
-    return figures | uvloop.run(measure_groups(say))
+    """The figures of the sections that are asked for."""
+    figures: dict[str, float | None] = {bar.name: None for bar in BARS}
+    for name in options.section or SECTIONS:
+        figures |= SECTIONS[name](options.quick, say)
+        say(f"{name}: done")
+    return figures

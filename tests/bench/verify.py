@@ -4,6 +4,8 @@ math      math-verify in killable processes against the labels of ../shared/data
           of MATH-500 against themselves; figures are None where the data are not on this machine.
 puzzles   22 tasks: what our own solver says is accepted, what was corrupted is refused; tests/puzzle_oracle.py, which
           shares nothing with the suite, says first that the one is right and the other wrong.
+code      programs against tests in sandboxes: right ones, wrong ones and attacks, and what a sandbox costs; figures are
+          None where bubblewrap does not work, or the data are not there.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from _verify_code import BARS as CODE_BARS
+from _verify_code import measure_code
 from _verify_math import measure_math
 from _verify_puzzles import measure_puzzles
 
@@ -35,12 +39,14 @@ BARS = [
     Bar("puzzles_solved_proven_ratio", ">=", 1.0),
     Bar("puzzles_corrupted_proven_ratio", ">=", 1.0),
     Bar("puzzle_verdicts_per_s", ">=", 5000.0),
+    *CODE_BARS,
 ]
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace, Say], Figures]] = {
     "math": lambda options, say: measure_math(say),
     "puzzles": lambda options, say: measure_puzzles(options.instances, say),
+    "code": lambda options, say: measure_code(say),
 }
 
 

@@ -135,10 +135,11 @@ SHIM_REDUCE(__reduce_or_sync, unsigned, a | b)
 SHIM_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 
 // Atomics are points where another thread may go first: code that relies on their order shows it.
+#define SHIM_UNSEEN __attribute__((no_sanitize("thread"), noinline))
 #define SHIM_ATOMIC(name, expression)   \
   template <class T>                    \
-  inline T name(T* p, T value) {        \
-    shim::may_yield();                  \
+  SHIM_UNSEEN T name(T* p, T value) {   \
+    shim::atomic(p, sizeof *p);         \
     const T old = *p;                   \
     *p = expression;                    \
     return old;                         \
@@ -152,8 +153,8 @@ SHIM_ATOMIC(atomicAnd, T(old & value))
 SHIM_ATOMIC(atomicOr, T(old | value))
 SHIM_ATOMIC(atomicXor, T(old ^ value))
 template <class T>
-inline T atomicCAS(T* p, T expected, T value) {
-  shim::may_yield();
+SHIM_UNSEEN T atomicCAS(T* p, T expected, T value) {
+  shim::atomic(p, sizeof *p);
   const T old = *p;
   if (old == expected) *p = value;
   return old;

@@ -6,8 +6,10 @@
 // Seed 0 runs blocks and threads in order. Any other seed shuffles both and, at the beginning and at every barrier, makes
 // half of the warps lag: they run only when no other warp can. A barrier that not all threads reach, masks that disagree,
 // a deadlock, an address beside an argument, an index beside an array, an int that overflows and a thread that never ends
-// all stop the launch, with the thread and the line. Knows nothing of Python or of any kernel.
+// all stop the launch, with the thread and the line; so do races (races.h), if asked for. Knows nothing of Python or of any kernel.
 #include "fibers.h"
+
+#include "races.h"
 
 #include <algorithm>
 #include <csetjmp>
@@ -70,6 +72,7 @@ std::vector<int> ready, lagging;
 bool lags[kMaxThreads / kWarp];
 int current = 0, count = 0, done = 0, at_barrier = 0, predicates = 0;
 bool running = false;
+Races races;
 uint64_t seed = 0, random_state = 0;
 void (*entry)(void**) = nullptr;
 void** arguments = nullptr;
@@ -219,6 +222,7 @@ void prepare() {
 void run_block(char* shared_begin, char* shared_end) {
   if (shared_begin) memset(shared_begin, kPoison, shared_end - shared_begin);
   memset(dynamic_shared(), kPoison, dynamic_bytes);
+  races.begin_block();
   done = at_barrier = predicates = 0;
   ready.clear();
   lagging.clear();
@@ -311,6 +315,11 @@ void may_yield() {
   switch_to_scheduler();
 }
 
+void atomic(const void* p, size_t bytes) {
+  may_yield();
+  races.access(p, bytes, true, true, current, __builtin_return_address(0));
+}
+
 int barrier(int predicate, Site site) {
   Fiber& self = fibers[current];
   if (done) fail(site, "%d threads of the block have left the kernel and never reach this barrier:%s", done, waits().c_str());
@@ -321,6 +330,7 @@ int barrier(int predicate, Site site) {
   self.site = site;
   self.value = uint64_t(predicates += predicate != 0);
   if (++at_barrier == count) {
+    races.barrier();
     choose_laggards();
     for (int t = 0; t < count; ++t) {
       fibers[t].value = uint64_t(predicates);
@@ -355,6 +365,7 @@ const uint64_t* exchange(Op op, unsigned mask, uint64_t value, Site site) {
   }
   if (complete) {
     const int first = current / kWarp * kWarp;
+    races.meet(first, mask);
     for (int l = 0; l < size; ++l) {
       if (!(mask >> l & 1)) continue;
       for (int from = 0; from < size; ++from) warp[l].lanes[from] = warp[from].value;
@@ -384,6 +395,30 @@ OVERFLOWS(sub)
 OVERFLOWS(mul)
 OVERFLOWS(negate)
 OVERFLOWS(divrem)
+
+// With -fsanitize=thread GCC calls these at every load and store that another thread might see.
+#define ACCESS(name, bytes, write)                                                          \
+  extern "C" void __tsan_##name##bytes(void* p) {                                           \
+    shim::races.access(p, bytes, write, false, shim::current, __builtin_return_address(0)); \
+  }
+#define ACCESSES(bytes)                                                    \
+  ACCESS(read, bytes, false) ACCESS(write, bytes, true)                    \
+  ACCESS(unaligned_read, bytes, false) ACCESS(unaligned_write, bytes, true) \
+  ACCESS(volatile_read, bytes, false) ACCESS(volatile_write, bytes, true)
+ACCESSES(1)
+ACCESSES(2)
+ACCESSES(4)
+ACCESSES(8)
+ACCESSES(16)
+extern "C" void __tsan_read_range(void* p, size_t bytes) {
+  shim::races.access(p, bytes, false, false, shim::current, __builtin_return_address(0));
+}
+extern "C" void __tsan_write_range(void* p, size_t bytes) {
+  shim::races.access(p, bytes, true, false, shim::current, __builtin_return_address(0));
+}
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}
 
 // Memory for an argument of `bytes`: its end (or its beginning) lies against a page that nobody may touch.
 extern "C" char* shim_map(size_t bytes, int at_end, int argument) {
@@ -420,7 +455,7 @@ extern "C" int shim_unmap() {
 // else 1, with what was wrong in `text`.
 extern "C" int shim_launch(void (*call)(void**), void** args, const unsigned* grid, const unsigned* block, unsigned shared_bytes,
                            char* shared_begin, char* shared_end, uint64_t seed_, double limit_s, const long long* chosen,
-                           long long blocks, char* text, size_t text_bytes) {
+                           long long blocks, int watch, char* text, size_t text_bytes) {
   using namespace shim;
   gridDim = dim3(grid[0], grid[1], grid[2]);
   blockDim = dim3(block[0], block[1], block[2]);
@@ -431,6 +466,11 @@ extern "C" int shim_launch(void (*call)(void**), void** args, const unsigned* gr
   dynamic_bytes = shared_bytes;
   launcher = pthread_self();
   prepare();
+  races.start(watch != 0);
+  for (const Region& r : regions) races.watch(r.begin, r.end, r.base, r.base + r.mapped, r.argument);
+  races.watch(shared_begin, shared_end, shared_begin, shared_end, -1);
+  const char* dynamic = static_cast<const char*>(dynamic_shared());
+  races.watch(dynamic, dynamic + shared_bytes, dynamic_base, dynamic_base + kSharedMax, -1);
   // A stack of its own for the signal handlers: the fault may be that a fiber's stack is full.
   static char handler_stack[64 << 10];
   stack_t own{}, before{};

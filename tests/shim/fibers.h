@@ -1,5 +1,6 @@
 // What a kernel and the scheduler of its threads say to each other. See fibers.cpp.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include <vector_types.h>
@@ -27,6 +28,9 @@ const uint64_t* exchange(Op op, unsigned mask, uint64_t value, Site site);
 
 // A point where the scheduler may let another thread go first.
 void may_yield();
+
+// Says that the running thread uses `p` by an atomic operation.
+void atomic(const void* p, size_t bytes);
 
 int lane();
 void* dynamic_shared();

@@ -59,7 +59,7 @@ def load_ema_(ema_LE: Tensor, counts_LE: Tensor, decay: float) -> Tensor:
     require(0 <= decay <= 1, "load_ema_", f"decay must be from 0 to 1, not {decay}")
     if not runs_kernels(ema_LE):
         return ema_LE.copy_(reference.load_ema(ema_LE, counts_LE, decay))
-    config, variant = pick(EMA), _INDICES[counts_LE.dtype == torch.int64]
+    config, variant = pick(EMA, tokens=ema_LE.numel()), _INDICES[counts_LE.dtype == torch.int64]
     blocks = -(-ema_LE.numel() // config["BLOCK"])
     args = (ema_LE, counts_LE, ema_LE.numel(), float(1 - decay))
     launch(EMA, blocks, config["BLOCK"], args, device_of=ema_LE, config=config, variant=variant)
@@ -74,11 +74,11 @@ class _ProbSum(torch.autograd.Function):
         chunks = -(-num_tokens // _ROWS)
         partial_CE = empty((chunks, num_experts), torch.float32, probs_TE)
         sums_E = empty((num_experts,), torch.float32, probs_TE)
-        config, variant = pick(PARTIAL), _SCALARS[probs_TE.dtype == torch.bfloat16]
+        config, variant = pick(PARTIAL, tokens=num_tokens, E=num_experts), _SCALARS[probs_TE.dtype == torch.bfloat16]
         grid = chunks, -(-num_experts // config["BLOCK"])
         args = (probs_TE, partial_CE, num_tokens, num_experts)
         launch(PARTIAL, grid, config["BLOCK"], args, device_of=probs_TE, config=config, variant=variant)
-        config = pick(TOTAL)
+        config = pick(TOTAL, tokens=chunks, E=num_experts)
         blocks = -(-num_experts // config["BLOCK"])
         sizes = (chunks, num_experts)
         launch(TOTAL, blocks, config["BLOCK"], (partial_CE, sums_E, *sizes), device_of=probs_TE, config=config)
