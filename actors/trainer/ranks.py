@@ -26,8 +26,9 @@ from ..model.config import ModelConfig
 from .packing import pack, plan
 from .workload import Workload, workload_of
 
-MEET_S = 60.0
-"""Longest wait of a rank for the others: when they start, and in every sum."""
+MEET_S = 600.0
+"""Longest wait of a rank for the others, when they start and in every sum: they may have as much work as a step brings.
+That one has died is seen at once, by its connections; and the group's restart ends the others."""
 
 
 class RankLost(RuntimeError):
