@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import FileStore
 
 from ...runtime.worker import Worker
 from ..model.config import ModelConfig
@@ -127,7 +126,7 @@ class Gang(Ranks):
             self._meeting.parent.mkdir(parents=True, exist_ok=True)
             dist.init_process_group(
                 "gloo",
-                store=FileStore(str(self._meeting), self.size),
+                store=dist.FileStore(str(self._meeting), self.size),  # type: ignore[attr-defined]
                 rank=self.rank,
                 world_size=self.size,
                 timeout=self._patience,
