@@ -175,7 +175,7 @@ class _Watch:
 
     def _is_late(self) -> bool:
         """By the clock, without the time that the program waited for a processor; by the clock alone after PATIENCE."""
-        passed, limit = time.monotonic() - self._began, self._limits["wall_s"]
+        passed, limit = time.monotonic() - self._began, float(self._limits["wall_s"])
         return passed > limit and (passed > PATIENCE * limit or passed - _queued_s(self._child) > limit)
 
 
