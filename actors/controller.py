@@ -1,14 +1,15 @@
-"""The whole algorithm in one file: warm up by imitation, then stream reinforcement learning.
+"""The whole run in one file: warm up by imitation, then stream batches to a reinforcement learning algorithm.
 
     prompts -> rollout (newest version) -> verifier -> reward -> sample pool -> trainer
        ^          ^   partial answers go on, whatever died     |                  |
        |          '------------- weights of version v+1 <------|------------------'
-       '---------- adaptation: sizes that still teach <--------'
+       '---------- questions that still teach <-------------'
 
 Everything heavy is an actor. The controller holds the run's state and nobody else does: each of the others may be
 killed at any moment. A rollout worker that comes back is given the newest weights and goes on with the answers it had
-half written. A trainer that comes back loads its last checkpoint and is shown the batches since then
-(trainer/durable.py). Knows nothing of tensors, processes or sockets.
+half written. A trainer or critic that comes back loads its last checkpoint and is shown the updates since then
+(trainer/durable.py). What a step does with its batch is the algorithm's (algorithms/). Knows nothing of tensors,
+processes or sockets.
 """
 
 from __future__ import annotations
@@ -21,15 +22,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from ..runtime import Actor, Lane, message, timeout
+from ..runtime import Actor, Lane, Ref, message, timeout
 from ..runtime.codec import dumps
-from ..runtime.errors import ActorDied, CorruptWeights, DeadlineExceeded, RemoteError, StaleIncarnation
+from ..runtime.errors import (
+    ActorDied,
+    CorruptWeights,
+    DeadlineExceeded,
+    RemoteError,
+    RuntimeFault,
+    StaleIncarnation,
+    UnknownActor,
+    UnknownMessage,
+)
 from ..runtime.pool import Entry, Lease
 from ..runtime.rundir import RunSpec
-from .data.adaptation import Adaptation
-from .data.running_sum import RunningSum
+from .algorithms import Algorithm, Batch, Metrics
+from .algorithms.groups import has_signal
+from .algorithms.load import needs_critic, roles_of
+from .data.task import Task
 from .evaluator import Evaluation
 from .evaluator.settings import EvaluationSettings
 from .patience import patiently
@@ -39,8 +49,9 @@ from .run_state import POOL, STATE, load_state
 from .stream.ledger import Ledger
 from .stream.policy import priority, stream_policy
 from .telemetry import Telemetry
-from .trainer.durable import DurableTrainer
-from .trainer.groups import has_signal
+from .trainer.actor import Trainer
+from .trainer.critic import Critic
+from .trainer.durable import DurableCritic, DurableTrainer
 from .trainer.settings import RlSettings, SftSettings
 from .types import Group, Prompt, Trajectory
 
@@ -50,8 +61,14 @@ LEASE_S = 600.0
 STATS_S = 2.0
 """Longest wait for numbers that are only shown."""
 
+DRAIN_S = 10.0
+"""How long a run that drains waits for an evaluation: a verifier that does not answer must not hold it up."""
+
 TRAINER = "trainer"
 """Holder of the leases."""
+
+BALANCE_S = 0.5
+"""Longest wait for the balancer, which nothing depends on."""
 
 NOTHING = -1
 """Version of a rollout worker that holds no weights."""
@@ -62,25 +79,31 @@ class Controller(Actor):
     """Runs the job from its beginning, or from its last checkpoint, to its end."""
 
     run: RunSpec
-    task: RunningSum
+    task: Task
     sft: SftSettings
     rl: RlSettings
+    algorithm: Algorithm
     evaluation: EvaluationSettings
 
     async def start(self) -> None:
         """Takes up the state of the newest checkpoint. Raises ValueError or FileNotFoundError if it is damaged."""
         self.state, self._pool_state = load_state(self.run.path)
-        self.trainer = DurableTrainer(self.find("trainer"), self.state)
+        self.trainer = DurableTrainer(self.worker_group("trainer", Trainer), self.state)
+        self.critic = DurableCritic(self.worker_group("critic", Critic), self.state)
+        roles = {"policy": self.trainer, "critic": self.critic}
+        self.roles = {name: roles[name] for name in roles_of(self.algorithm.step)}
+        self.steps = {"sft": self.sft.steps, "value": self.algorithm.value_steps, "rl": self.rl.steps}
         self.rollout, self.evaluator = self.find("rollout"), self.find("evaluator")
         self.verifier, self.reward, self.pool = self.find("verifier"), self.find("reward"), self.find("pool")
         self.stream = stream_policy(self.rl)
         self.ledger = Ledger.restore(self.state.ledger) if self.state.ledger else Ledger()
-        self.adaptation = Adaptation(sizes=self.task.sizes, prior=self.task.size_prior, seed=self.run.seed)
+        self.questions = self.task.questions(self.run.seed)
         if self.state.adaptation:
-            self.adaptation.load_state(self.state.adaptation)
+            self.questions.load_state(self.state.adaptation)
         self.telemetry = Telemetry(self.run.path, self.state.stage, self.state.step, self.state.telemetry)
-        self.telemetry.begin(self.sft.steps if self.state.stage == "sft" else self.rl.steps)
+        self.telemetry.begin(self.steps.get(self.state.stage, self.rl.steps))
         self._rollout_holds = NOTHING
+        self._unbalanced = False
         if self._pool_state is not None:
             self.log("resumed", stage=self.state.stage, step=self.state.step)
         self._arming = asyncio.Lock()
@@ -92,6 +115,7 @@ class Controller(Actor):
 
     async def _main(self) -> None:
         await self.trainer.rewind()
+        await self._rewind_critic()
         if self._pool_state is not None:
             await self.pool.take_over(self._pool_state)
             await self.pool.release_holder(TRAINER)
@@ -101,7 +125,7 @@ class Controller(Actor):
         try:
             if self.state.stage == "sft":
                 await self._warm_up()
-            if self.state.stage == "rl":
+            if self.state.stage in ("value", "rl"):
                 await self._stream()
         except DeadlineExceeded as error:
             self.telemetry.finish(str(error))
@@ -131,7 +155,8 @@ class Controller(Actor):
             if last or until // self.sft.checkpoint_every > done // self.sft.checkpoint_every:
                 await self._checkpoint()
         if self.state.sft_steps == self.sft.steps:
-            self._enter("rl")
+            await self._rewind_critic()  # It begins as the policy that the warm-up has made.
+            self._enter_next()
 
     async def _first_rollout(self) -> None:
         """One group through the whole stream before anything is trained: what is broken shows at once."""
@@ -143,29 +168,45 @@ class Controller(Actor):
     # The stream ---------------------------------------------------------------------------------------------
 
     async def _stream(self) -> None:
-        """Trains as batches come, while `_feed` keeps rollout supplied within the staleness bound."""
-        self.telemetry.begin(self.rl.steps)
+        """Learns from batches as they come, while `_feed` keeps rollout supplied within the staleness bound."""
+        self._enter_next()
+        self.telemetry.begin(self.steps.get(self.state.stage, self.rl.steps))
         feed = self.background(self._feed(), name="feed")
-        while self.state.rl_steps < self.rl.steps and (lease := await self._lease()):
-            batch = [entry.payload for entry in lease.entries]
+        while self.state.stage != "done" and (lease := await self._lease()):
+            groups = [entry.payload for entry in lease.entries]
             ordinals = [entry.id for entry in lease.entries]
-            staleness = [self.state.version - group.oldest_version for group in batch]
+            staleness = [self.state.version - group.oldest_version for group in groups]
             self.ledger.take(ordinals)
-            metrics = await self.trainer.train(batch)
-            await self._publish()
+            metrics = await self._learn(Batch(groups))
             await self.pool.ack(lease.id)
             self.ledger.train(ordinals)
             self._room.set()
-            row = await self._measure(metrics, batch, staleness)
-            step, last = self.state.rl_steps, self.state.rl_steps == self.rl.steps
-            if last or (self.evaluation.every and step % self.evaluation.every == 0):
+            row = await self._measure(metrics, groups, staleness)
+            stage, step = self.state.stage, self.state.step
+            last = step == self.steps[stage]
+            if stage == "rl" and (last or (self.evaluation.every and step % self.evaluation.every == 0)):
                 row = {**row, **await self._evaluate()}
             self.telemetry.write(row)
-            if step % self.rl.checkpoint_every == 0 and not last:
+            if (last and stage == "value") or (not last and step % self.rl.checkpoint_every == 0):
                 await self._checkpoint()
+            self._enter_next()
         feed.cancel()
-        if self.state.rl_steps == self.rl.steps:
-            self._enter("done")
+
+    async def _learn(self, batch: Batch) -> Metrics:
+        """One step: of the critic alone while it is pretrained, then of the whole algorithm."""
+        if self.state.stage == "value":
+            metrics: Metrics = await self.algorithm.pretrain(batch, critic=self.critic)
+            self.state.value_steps += 1
+            return metrics
+        done = self.state.rl_steps
+        metrics = await self.algorithm.step(batch, **self.roles)
+        if self.state.rl_steps != done + 1:
+            raise ValueError(
+                f"{self.rl.algorithm} called policy.update {self.state.rl_steps - done} times in a step; a step makes "
+                "one policy version, so it must be called once"
+            )
+        await self._publish()
+        return metrics
 
     async def _lease(self) -> Lease | None:
         """The next batch; None if the run is told to drain before there is one."""
@@ -209,9 +250,7 @@ class Controller(Actor):
     def _new_group(self) -> Group:
         ordinal = self.state.next_ordinal
         self.state.next_ordinal += 1
-        size = self.adaptation.choose(ordinal)
-        (prompt,) = self.task.prompts(self.run.seed, np.array([ordinal]), np.array([size]))
-        return self._group(prompt)
+        return self._group(self.questions.prompt(ordinal))
 
     def _group(self, prompt: Prompt) -> Group:
         return Group(prompt=prompt, trajectories=[Trajectory(member=m) for m in range(self.rl.group_size)])
@@ -223,8 +262,8 @@ class Controller(Actor):
         failure = await self._judge(group)
         if not failure:
             self.telemetry.judged(group)
-            self.adaptation.observe(group.prompt.size, mixed=has_signal(group))
-        if not failure and has_signal(group):
+            self.questions.observe(group, mixed=has_signal(group))
+        if not failure and (self.state.stage == "value" or self.algorithm.keeps(group)):
             started, num_tokens = group.oldest_version, group.num_tokens
             key = priority(started, [t.reward for t in group.trajectories], ordinal)
             await self.pool.put(Entry(id=ordinal, key=key, started=started, payload=group, num_tokens=num_tokens))
@@ -317,35 +356,82 @@ class Controller(Actor):
     # Measuring and keeping ----------------------------------------------------------------------------------
 
     async def _evaluate(self) -> Row:
-        """Scores the newest version on the fixed problems."""
+        """Scores the newest version on the fixed problems; {} if that does not end soon after the run is to drain."""
         await self._arm()
+        evaluation = asyncio.create_task(self._ask_evaluator(), name=f"{self.name}:evaluation")
+        drained = asyncio.create_task(self._draining.wait())
+        try:
+            await asyncio.wait({evaluation, drained}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({evaluation}, timeout=DRAIN_S)
+            if not evaluation.done():
+                self.log("evaluation_given_up", after_s=DRAIN_S)
+                return {}
+            return self.telemetry.evaluated(self.state.step, evaluation.result())
+        finally:
+            evaluation.cancel()
+            drained.cancel()
+
+    async def _ask_evaluator(self) -> Evaluation:
         evaluation: Evaluation = await patiently(self.evaluator.evaluate)
-        return self.telemetry.evaluated(self.state.step, evaluation)
+        return evaluation
 
     async def _measure(self, metrics: dict[str, float], batch: list[Group], staleness: list[int]) -> Row:
         """The line of metrics of a step; what a dead worker can't say now is left out."""
-        rollout: dict[str, Any] = {}
-        if self._rollout_holds != NOTHING:
-            with suppress(ActorDied, TimeoutError):
-                async with timeout(STATS_S):
-                    rollout = await self.rollout.stats()
+        rollout, verifier = await asyncio.gather(
+            self._stats(self.rollout) if self._rollout_holds != NOTHING else _nothing(), self._stats(self.verifier)
+        )
         step, version = self.state.step, self.state.version
-        return self.telemetry.rl_step(step, version, metrics, batch, staleness, rollout, self.ledger.counts)
+        stage, counts = self.state.stage, self.ledger.counts
+        if stage == "rl":
+            metrics = metrics | await self._balance(step)
+        row = self.telemetry.stream_step(stage, step, version, metrics, batch, staleness, rollout, counts)
+        return {**row, **self.telemetry.verified(verifier), **self.questions.metrics()}
 
-    def _enter(self, stage: str) -> None:
-        self.state.stage = stage
-        self.telemetry.enter(stage)
+    async def _stats(self, actor: Ref) -> dict[str, Any]:
+        with suppress(ActorDied, TimeoutError, UnknownMessage):
+            async with timeout(STATS_S):
+                return dict(await actor.stats())
+        return {}
+
+    async def _balance(self, step: int) -> dict[str, float]:
+        """What the balancer says of a step; nothing if there is none, or it fails: nothing else depends on it."""
+        balanced: dict[str, float] = {}
+        try:
+            async with timeout(BALANCE_S):
+                balanced = await self.find("balancer").balance(step)
+        except UnknownActor:
+            pass
+        except (RuntimeFault, TimeoutError) as error:
+            if not self._unbalanced:
+                self.log("balancer_failed", step=step, reason=str(error))
+            self._unbalanced = True
+        return balanced
+
+    def _enter_next(self) -> None:
+        """Goes on to the next stage that has steps left, if this one has none."""
+        stages = [*self.steps, "done"]
+        while self.state.stage != "done" and self.state.step >= self.steps[self.state.stage]:
+            self.state.stage = stages[stages.index(self.state.stage) + 1]
+        if self.state.stage != self.telemetry.stage:
+            self.telemetry.enter(self.state.stage)
+            self.telemetry.begin(self.steps.get(self.state.stage, self.rl.steps))
+
+    async def _rewind_critic(self) -> None:
+        if needs_critic(self.algorithm):
+            await self.critic.rewind()
 
     async def _checkpoint(self) -> None:
         """Trainer, pool, half-written answers and counters of one moment, as one folder: all of it or nothing."""
-        self.state.adaptation = self.adaptation.state()
+        name = f"{self.state.stage}-{self.state.step:06d}"
+        parts = await self.critic.checkpoint(name)
+        self.state.adaptation = self.questions.state()
         self.state.ledger = self.ledger.snapshot()
         self.state.telemetry = self.telemetry.snapshot()
         # In this order: a group that enters the pool in between is in both, and the pool takes no id twice.
-        name = f"{self.state.stage}-{self.state.step:06d}"
         files = {STATE: dumps(self.state)}
         files[POOL] = dumps(await self.pool.state())
-        self.log("checkpoint", folder=await self.trainer.checkpoint(name, files))
+        self.log("checkpoint", folder=await self.trainer.checkpoint(name, files, parts))
+        self.critic.forget()
 
     # Messages -----------------------------------------------------------------------------------------------
 
@@ -360,3 +446,7 @@ class Controller(Actor):
         """Streams what a screen shows, at most a few times a second; ends with the run."""
         async for update in self.telemetry.updates():
             yield update
+
+
+async def _nothing() -> dict[str, Any]:
+    return {}

@@ -1,4 +1,4 @@
-"""cluster.toml as a reasoning-RL job: tables `[model] [task] [sft] [rl] [evaluation]` beside those of any cluster.
+"""cluster.toml as a reasoning-RL job: its own tables (TABLES) beside those of any cluster.
 
     cluster.toml, --set --> load_job --> Job --> to_toml --> config.toml --> load_job --> an equal Job
 
@@ -14,23 +14,30 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime import toml
-from ..runtime.cluster import ROOT, ClusterSpec, load_cluster, to_table
+from ..runtime.cluster import ROOT, ClusterSpec, build, load_cluster, to_table
+from ..runtime.gang import with_ranks
 from ..runtime.pool import SamplePool
 from ..runtime.rundir import RunDirectory, RunSpec, write_atomically
 from ..runtime.toml import ConfigError, Document
-from .data.running_sum import RunningSum
+from .algorithms import Algorithm
+from .algorithms.load import load_algorithm, needs_critic
+from .data import TASKS, RunningSum, Task
 from .evaluator.settings import EvaluationSettings
 from .model.config import ModelConfig
 from .stream.policy import stream_policy
-from .trainer.settings import RlSettings, SftSettings
+from .trainer.settings import CriticSettings, RlSettings, SftSettings
 
 TABLES = {
     "model": ModelConfig,
     "task": RunningSum,
     "sft": SftSettings,
     "rl": RlSettings,
+    "algorithm": Algorithm,
+    "critic": CriticSettings,
     "evaluation": EvaluationSettings,
 }
+"""The dataclass of each; that of `[algorithm]` is a base, the algorithm itself is named in `[rl]`, and `[task]` is of
+another class where its `kind` says so."""
 
 ROLES = ("controller", "rollout", "verifier", "reward", "pool", "trainer", "evaluator")
 """Actors that the controller asks for by name."""
@@ -45,9 +52,11 @@ class Job:
 
     cluster: ClusterSpec
     model: ModelConfig
-    task: RunningSum
+    task: Task
     sft: SftSettings
     rl: RlSettings
+    algorithm: Algorithm
+    critic: CriticSettings
     evaluation: EvaluationSettings
 
     @property
@@ -64,11 +73,12 @@ class Job:
 
     def describe(self) -> str:
         """What would be started, for `--check`."""
-        homes = {node: ", ".join(s.name for s in self.cluster.actors_on(node)) for node in (ROOT, *self.cluster.nodes)}
+        cluster = with_ranks(self.cluster)
+        homes = {node: ", ".join(s.name for s in cluster.actors_on(node)) for node in (ROOT, *cluster.nodes)}
         width = max(map(len, homes))
         lines = [
             f"run {self.run.path}, seed {self.run.seed}: {self.sft.steps} SFT steps, then {self.rl.steps} "
-            f"RL steps of {self.rl.groups_per_step} groups of {self.rl.group_size}",
+            f"RL steps of {self.rl.algorithm} on {self.rl.groups_per_step} groups of {self.rl.group_size}",
             *(f"  node {node:<{width}}  {actors or '(nothing, not started)'}" for node, actors in homes.items()),
         ]
         return "\n".join(lines)
@@ -90,9 +100,12 @@ class Job:
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """Reads and checks a cluster.toml with `--set` arguments ("rl.steps=20"). Raises ConfigError."""
     document = toml.read(path, overrides)
-    cluster, tables = load_cluster(document, TABLES)
+    classes = {**TABLES, "algorithm": _algorithm(document), "task": _task_class(document)}
+    cluster, tables = load_cluster(document, classes)
     job = Job(cluster=cluster, **tables)
     _check_roles(document, job)
+    _check_task(document, job)
+    _check_algorithm(document, job)
     _check_lengths(document, job)
     _check_stream(document, job)
     return job
@@ -103,6 +116,55 @@ def _check_roles(document: Document, job: Job) -> None:
         if role not in job.cluster.actors:
             hint = toml.nearest(role, set(job.cluster.actors) - set(ROLES))
             raise document.error(("actors", role), f"missing; the controller needs an actor of this name{hint}")
+
+
+def _algorithm(document: Document) -> type[Algorithm]:
+    rl = build(document, ("rl",), RlSettings)
+    try:
+        return load_algorithm(rl.algorithm)
+    except ValueError as error:
+        raise document.error(("rl", "algorithm"), str(error)) from None
+
+
+def _check_algorithm(document: Document, job: Job) -> None:
+    """What the algorithm compares and asks for must be there."""
+    rl, least = job.rl, job.algorithm.least_group
+    if rl.min_group_size < least:
+        raise document.error(
+            ("rl", "min_group_size"),
+            f"must be at least {least} for {rl.algorithm}, which compares the responses to a prompt, "
+            f"got {rl.min_group_size}",
+        )
+    if not needs_critic(job.algorithm):
+        return
+    if "critic" not in job.cluster.actors:
+        raise document.error(
+            ("actors", "critic"),
+            f"missing; {rl.algorithm} needs a critic: add [actors.critic] with "
+            'class = "headrace.actors.trainer:Critic"',
+        )
+    if job.critic.mini_batches > rl.groups_per_step:
+        raise document.error(
+            ("critic", "mini_batches"),
+            f"must be at most [rl] groups_per_step ({rl.groups_per_step}), got {job.critic.mini_batches}; an update "
+            "needs a group",
+        )
+
+
+def _task_class(document: Document) -> type:
+    table = document.table.get("task", {})
+    kind = table.get("kind", "running_sum") if isinstance(table, dict) else "running_sum"
+    if kind not in TASKS:
+        hint = toml.nearest(str(kind), TASKS, otherwise=f"; known are {', '.join(TASKS)}")
+        raise document.error(("task", "kind"), f"there is no task {toml.dump_value(kind)}{hint}")
+    return TASKS[kind]
+
+
+def _check_task(document: Document, job: Job) -> None:
+    try:
+        job.task.check(job.rl.max_new_tokens)
+    except ValueError as error:
+        raise document.error(("task",), str(error)) from None
 
 
 def _check_lengths(document: Document, job: Job) -> None:

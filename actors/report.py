@@ -1,8 +1,8 @@
 """What a run says of itself: metrics.jsonl, summary.json, TensorBoard events, and the state that screens draw.
 
-METRICS is the one place where a metric has its name, unit and meaning: writing another name is an error. Suffixes are
-units: `_s` seconds, `_per_s` per second, `_ratio` a share between 0 and 1, `_bytes`, `_nats`. Knows nothing of how the
-numbers come about, nor of how they are shown.
+METRICS is the one place where a metric has its name, unit and meaning: writing another name is an error. `x/*` stands
+for one metric of each puzzle, each kind of error. Suffixes are units: `_s` seconds, `_per_s` per second, `_ratio` a
+share between 0 and 1, `_bytes`, `_nats`. Knows nothing of how the numbers come about, nor of how they are shown.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.util
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import orjson
 
@@ -20,7 +20,7 @@ from ..runtime.rundir import write_atomically
 Row = dict[str, Any]
 """A line of metrics.jsonl: stage, step, and METRICS."""
 
-STAGES = ("sft", "rl")
+STAGES = ("sft", "value", "rl")
 """In the order of a run."""
 
 
@@ -44,6 +44,10 @@ METRICS: dict[str, Metric] = {
     "step_s": Metric("s", "wall time since the previous step"),
     "train_s": Metric("s", "the trainer computed"),
     "expert_load": Metric("", "tokens of the busiest expert over the mean, worst layer"),
+    # the balancer, if there is one: its virtual ranks, layers added up
+    "rank_load_before": Metric("", "busiest rank over the mean, experts in order and no replicas; 1 is even"),
+    "rank_load_after": Metric("", "the same, as placed when the step began, its pairs divided over replicas"),
+    "expert_moves": Metric("", "experts copied to another rank before the next step"),
     # SFT
     "accuracy_ratio": Metric("0..1", "demonstration tokens that are the model's first choice"),
     "max_size": Metric("", "largest problem of the curriculum at this step"),
@@ -79,6 +83,35 @@ METRICS: dict[str, Metric] = {
     "accepted_groups": Metric("groups", "put into the pool since the run began"),
     "filtered_groups": Metric("groups", "without advantage (all right or all wrong) since the run began"),
     "failed_groups": Metric("groups", "given up since the run began"),
+    # algorithms
+    "skipped_updates": Metric("", "updates of the step that were not made, for their gradient was not finite"),
+    "imitation_loss": Metric("nats", "negative log-likelihood of correct responses per token of the step (VAPO)"),
+    # the critic, in its pretraining (stage "value") and in RL
+    "value_loss": Metric("", "half the squared error of the values, mean over tokens, before the updates"),
+    "value_mean": Metric("", "what the critic expects, mean over tokens"),
+    "return_mean": Metric("", "what it shall expect, mean over tokens"),
+    "explained_variance": Metric("", "1 - Var(return - value) / Var(return): 1 is a perfect critic, 0 knows the mean"),
+    "critic_grad_norm": Metric("", "norm of its gradient before clipping, mean over the step's updates"),
+    "critic_learning_rate": Metric("", "of its last update of the step"),
+    "critic_skipped_updates": Metric("", "its updates that were not made, for their gradient was not finite"),
+    "critic_train_s": Metric("s", "it computed its updates"),
+    # RL: verdicts since the run began, less what a verifier judged between the last row and its death
+    "verifier_verdicts": Metric("", "responses judged, in evaluations too; from the cache or not, errors included"),
+    "verifier_correct": Metric("", "found right, not counting those from the cache"),
+    "verifier_incorrect": Metric("", "found wrong, not counting those from the cache"),
+    "verifier_graded": Metric("", "given a number, not counting those from the cache"),
+    "verifier_out_of_tokens": Metric("", "of the wrong ones, those that had no end"),
+    "verifier_past_limits": Metric("", "of the wrong ones, those that were too much for the process that judged them"),
+    "verifier_cache_hits": Metric("", "verdicts from the cache"),
+    "verifier_retries": Metric("", "attempts beyond the first"),
+    "verifier_errors": Metric("", "no verdict: the response is left out"),
+    "verifier_errors/*": Metric("", "of these, by kind: timeout, worker died, bad reference, ..."),
+    "verifier_latency_p50_s": Metric("s", "of a verdict since the verifier's last start, cache and queue left out"),
+    "verifier_latency_p90_s": Metric("s", "the same"),
+    "verifier_latency_p99_s": Metric("s", "the same"),
+    # RL: puzzles
+    "puzzle_level/*": Metric("", "level at which the puzzle is asked now, 1..10"),
+    "puzzle_pass_ratio/*": Metric("0..1", "correct among its responses judged since the last step"),
     # evaluation, in the row of the step that it follows
     "eval_version": Metric("", "policy version that was evaluated"),
     "eval_pass_at_1": Metric("0..1", "share of right answers at temperature 1 on the fixed set"),
@@ -92,7 +125,8 @@ SUMMARY: dict[str, str] = {
     "steps": "RL steps done",
     "wall_s": "seconds from the start of the first process, time between processes of a resumed run left out",
     "stages": "{stage: seconds}",
-    "evaluation": "list of {stage, step, version, pass_at_1, greedy, n, by_size {size: [n, pass_at_1, greedy]}}",
+    "evaluation": "list of {stage, step, version, pass_at_1, greedy, n, by_size {size: [n, pass_at_1, greedy]}, "
+    "by_dataset {name: the same}}",
     "samples": "list of {prompt, solution, before, after, before_correct, after_correct}: greedy answers",
     "restarts": "{actor: restarts}",
     "staleness": "{mean, max} over all trained groups, in versions",
@@ -113,6 +147,8 @@ class EvaluationRecord(TypedDict):
     n: int
     by_size: dict[str, list[float]]
     """Size -> [n, pass_at_1, greedy]."""
+    by_dataset: NotRequired[dict[str, list[float]]]
+    """The same by data set."""
 
 
 class SamplePair(TypedDict):
@@ -178,7 +214,7 @@ class MetricsWriter:
 
     def write(self, stage: str, step: int, **values: float) -> Row:
         """Writes and returns {"stage", "step", **values}. Raises ValueError for a name that METRICS does not have."""
-        if unknown := values.keys() - METRICS.keys():
+        if unknown := {name for name in values if _documented(name) not in METRICS}:
             raise ValueError(f"metric {min(unknown)!r} is not documented; add it to METRICS in {__name__}")
         row: Row = {"stage": stage, "step": step, **values}
         self._file.write(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
@@ -192,6 +228,11 @@ class MetricsWriter:
         if self._board is not None:
             self._board.close()
             self._board = None
+
+
+def _documented(name: str) -> str:
+    family, _, member = name.partition("/")
+    return f"{family}/*" if member else name
 
 
 def read_metrics(path: Path) -> list[Row]:

@@ -2,6 +2,7 @@
 
     checkpoints/rl-000120/   model.safetensors  config.json  optimizer...   the trainer's (trainer/checkpoint.py)
                              state.msgpack  pool.msgpack                    this file's
+                             critic/                                        the critic's, if there is one
     checkpoints/LATEST       name of the newest whole one
 
 Knows nothing of tensors.
@@ -27,10 +28,14 @@ class RunState:
     """Where a run stands. The controller changes it; nobody else holds a copy."""
 
     stage: str = "sft"
-    """sft, rl, done"""
+    """sft, value, rl, done"""
     sft_steps: int = 0
     """Warm-up steps that are done."""
+    value_steps: int = 0
+    """Steps of the critic's pretraining that are done."""
     rl_steps: int = 0
+    critic_updates: int = 0
+    """In both of these stages."""
     version: int = 0
     """Newest policy version: 0 untrained, 1 after SFT, one higher with each RL step."""
     next_ordinal: int = 0
@@ -46,7 +51,7 @@ class RunState:
     @property
     def step(self) -> int:
         """Steps of the stage that are done."""
-        return self.sft_steps if self.stage == "sft" else self.rl_steps
+        return {"sft": self.sft_steps, "value": self.value_steps}.get(self.stage, self.rl_steps)
 
 
 def latest_checkpoint(run: Path) -> Path | None:

@@ -17,8 +17,9 @@ import numpy as np
 
 from .evaluator import Evaluation
 from .evaluator.actor import CANDIDATES
-from .report import MetricsWriter, Row, rewind_metrics
+from .report import STAGES, MetricsWriter, Row, rewind_metrics
 from .types import Group
+from .verifier.metrics import COUNTS
 
 UPDATE_S = 0.25
 """Shortest time between two updates of a screen."""
@@ -48,6 +49,8 @@ class Telemetry:
         self._publish_s: float | None = None
         self._judged = [0, 0]
         self._rollout = {"tokens": 0.0, "steps": 0.0, "busy_s": 0.0}
+        self._verifier: dict[str, float] = dict(totals.get("verifier", {}))
+        self.verdicts: Counter[str] = Counter(totals.get("verdicts", {}))
         self._changed = asyncio.Event()
         self._reason: str | None = None
 
@@ -61,6 +64,7 @@ class Telemetry:
         return {
             "elapsed_s": self.elapsed_s, "stages": self._stage_seconds(), "tokens": dict(self.tokens),
             "staleness": dict(self.staleness), "evaluations": self.evaluations, "samples": self._samples,
+            "verifier": self._verifier, "verdicts": dict(self.verdicts),
         }  # fmt: skip
 
     def begin(self, num_steps: int) -> None:
@@ -78,6 +82,8 @@ class Telemetry:
         """The next stage begins."""
         self.stages = self._stage_seconds()
         self.stage = stage
+        if stage != "done":
+            self.stages.setdefault(stage, 0.0)
         self._stage_started = self._mark = time.monotonic()
         self._notify()
 
@@ -104,21 +110,22 @@ class Telemetry:
         self.tokens["trained_sft"] += int(metrics.get("trained_tokens", 0))
         return self._row("sft", step, version, metrics)
 
-    def rl_step(
-        self, step: int, version: int, metrics: dict[str, float], batch: list[Group], staleness: list[int],
+    def stream_step(
+        self, stage: str, step: int, version: int, metrics: dict[str, float], batch: list[Group], staleness: list[int],
         rollout: dict[str, Any], ledger: dict[str, int],
     ) -> Row:  # fmt: skip
-        """The row of an RL step. `rollout`: its stats, {} if it could not be asked; `ledger`: counts of the stream."""
+        """The row of a step on the stream. `rollout`: its stats, {} if it could not be asked; `ledger`: its counts."""
         trajectories = [t for group in batch for t in group.trajectories]
         lengths = np.array([t.num_tokens for t in trajectories])
         wall_s = time.monotonic() - self._mark
         sampled, decoded, busy_s = self._since_last(rollout)
-        self.staleness.update(staleness)
-        self.tokens["trained"] += int(lengths.sum())
+        if stage == "rl":
+            self.staleness.update(staleness)
+            self.tokens["trained"] += int(lengths.sum())
         self.tokens["sampled"] += int(sampled)
         correct, judged = self._judged
         self._judged = [0, 0]
-        row = self._row("rl", step, version, {
+        row = self._row(stage, step, version, {
             **metrics,
             "reward_mean": float(np.mean([t.reward for t in trajectories])),
             "pass_ratio": correct / max(1, judged),
@@ -130,7 +137,7 @@ class Telemetry:
             "prompt_size_mean": float(np.mean([group.prompt.size for group in batch])),
             "staleness_mean": float(np.mean(staleness)),
             "staleness_max": int(max(staleness)),
-            "on_policy_ratio": float(np.mean([group.oldest_version == version - 1 for group in batch])),
+            "on_policy_ratio": float(np.mean([lag == 0 for lag in staleness])),
             "partial_ratio": float(np.mean([len(t.segments) > 1 for t in trajectories])),
             "sampled_tokens": sampled,
             "sampled_tokens_per_s": sampled / wall_s,
@@ -147,6 +154,23 @@ class Telemetry:
         self._waited_s, self._publish_s = 0.0, None
         return row
 
+    def verified(self, stats: dict[str, float]) -> Row:
+        """What belongs into the row of a step of the verifier's `stats` (VerdictMetrics.snapshot), {} if it did not
+        answer: totals go on over its restarts."""
+        again = stats.get("since") == self._verifier.get("since")
+        for name, now in stats.items():
+            if name in COUNTS or name.startswith("errors/"):
+                self.verdicts[name] += int(now - (self._verifier.get(name, 0) if again else 0))
+        self._verifier = stats or self._verifier
+        if not self._verifier:
+            return {}
+        outcomes = ("correct", "incorrect", "graded", "errors", "cache_hits")
+        return {
+            "verifier_verdicts": sum(self.verdicts[name] for name in outcomes),
+            **{f"verifier_{name}": count for name, count in self.verdicts.items()},
+            **{f"verifier_{name}": value for name, value in self._verifier.items() if name.startswith("latency_")},
+        }
+
     def write(self, row: Row) -> None:
         """Puts a row into the files; what was learned since it was made may have been added."""
         self._writer.write(**row)
@@ -158,6 +182,7 @@ class Telemetry:
                 "stage": self.stage, "step": step, "version": evaluation.version, "n": evaluation.n,
                 "pass_at_1": evaluation.pass_at_1, "greedy": evaluation.greedy,
                 "by_size": {str(size): list(scores) for size, scores in evaluation.by_size.items()},
+                "by_dataset": {name: list(scores) for name, scores in evaluation.by_dataset.items()},
             }
         )  # fmt: skip
         self._samples[self.stage] = [
@@ -245,7 +270,7 @@ class Telemetry:
         seconds = dict(self.stages)
         if self._reason is None and self.stage in seconds:
             seconds[self.stage] += time.monotonic() - self._stage_started
-        return seconds
+        return {stage: seconds[stage] for stage in STAGES if stage in seconds}
 
     def _since_last(self, rollout: dict[str, Any]) -> tuple[float, float, float]:
         """Tokens, decode steps and busy seconds since the previous step; a restarted worker counts from zero."""

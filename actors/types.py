@@ -26,7 +26,9 @@ class Prompt:
     answer: str
     """What the verifier compares with."""
     size: int
-    """Difficulty class (for the running sum: number of operands)."""
+    """Difficulty class: number of operands of a running sum, level of a puzzle."""
+    dataset: str = ""
+    """Where the problem comes from: which policy a verifier applies, which puzzle it is."""
 
 
 @wire

@@ -13,7 +13,8 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,20 +80,32 @@ def launch_main(arguments: Sequence[str]) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    from .actors.job import load_job
+    with _uninterrupted():
+        from .actors.job import load_job
 
     job = load_job(options.cluster, options.set)
     if options.check:
         print(job.describe())
         return 0
     with job.open_run(resume=options.resume) as run:
-        import uvloop
+        with _uninterrupted():
+            import uvloop
 
-        from .runtime.process import GC_THRESHOLD
+            from .runtime.process import GC_THRESHOLD
 
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLD)
         return uvloop.run(_Launch(job, run, plain=options.plain or not sys.stdout.isatty()).run())
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds back Ctrl-C while compiled modules are loaded, some of which crash if it strikes inside."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Launch:
@@ -113,10 +126,11 @@ class _Launch:
     async def run(self) -> int:
         """Starts, shows and stops the system; writes summary.json."""
         from .actors.report import write_summary
+        from .runtime.gang import with_ranks
         from .runtime.system import System
         from .screen import open_screen
 
-        nodes = {name: settings.spec(name) for name, settings in self.job.cluster.nodes.items()}
+        nodes = {name: settings.spec(name) for name, settings in with_ranks(self.job.cluster).nodes.items()}
         system = System(self.dir, nodes=nodes, seed=self.job.run.seed)
         self._on_signals(system)
         with open_screen(plain=self.plain) as screen:
@@ -161,7 +175,9 @@ class _Launch:
 
     async def _work(self, system: System, screen: Any) -> None:
         """Starts all actors at once, then follows the controller to its end."""
-        cluster = self.job.cluster
+        from .runtime.gang import with_ranks
+
+        cluster = with_ranks(self.job.cluster)
         for actor in cluster.actors.values():
             system.declare(actor.name, type(actor.instance))
         groups: dict[str, ActorGroup] = {}
@@ -249,7 +265,9 @@ async def _spawn(group: System | ActorGroup, spec: ActorSpec) -> None:
 
 def _position(row: dict[str, Any]) -> tuple[int, int]:
     """Rows of a run in order."""
-    return int(row["stage"] == "rl"), row["step"]
+    from .actors.report import STAGES
+
+    return STAGES.index(row["stage"]), row["step"]
 
 
 def _restarts(events: Path) -> dict[str, int]:

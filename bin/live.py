@@ -30,7 +30,7 @@ _BLOCKS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _ASCII_BLOCKS = " ..::--=="
 _STATE_STYLES = {"up": "green", "starting": "yellow", "down": "bold red", "stopped": "dim"}
 _ALARMS = ("exit", "lost", "failed", "malformed", "late", "not_taken", "interrupted")
-_STAGE_NAMES = {"sft": "SFT warm-up", "rl": "RL", "done": "finished"}
+_STAGE_NAMES = {"sft": "SFT warm-up", "value": "value pretraining", "rl": "RL", "done": "finished"}
 
 
 class LiveScreen(Screen):
@@ -132,7 +132,9 @@ class Page:
     def _series(self) -> list[tuple[str, list[float], str]]:
         """The two curves of the stage: name, values, newest value in words."""
         names = [("loss", "loss", "{:.3f}"), ("right tokens", "accuracy_ratio", "{:.1%}")]
-        if self.stage != "sft":
+        if self.stage == "value":
+            names = [("value loss", "value_loss", "{:.3f}"), ("explained", "explained_variance", "{:.1%}")]
+        elif self.stage != "sft":
             names = [("reward", "reward_mean", "{:.3f}"), ("pass rate", "pass_ratio", "{:.1%}")]
         series = []
         for title, name, form in names:
@@ -142,7 +144,7 @@ class Page:
 
     def _curves(self) -> list[RenderableType]:
         (title, values, newest), second = self._series()
-        if self.stage == "sft":
+        if self.stage in ("sft", "value"):
             return [self._curve(title, values, newest), self._curve(*second)]
         return [self._curve(title, values, newest), self._scores()]
 

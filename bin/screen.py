@@ -88,8 +88,8 @@ class PlainScreen(Screen):
     def show(self, rows: list[Row], evaluations: list[EvaluationRecord], events: list[Event]) -> None:
         """Prints a line for each step, evaluation and event, in this order."""
         for row in rows:
-            if row["stage"] == "rl":
-                self._print_row(row, _RL_COLUMNS)
+            if row["stage"] != "sft":
+                self._print_row(row, _RL_COLUMNS if row["stage"] == "rl" else _VALUE_COLUMNS)
             elif row["step"] >= self._last_sft_step + SFT_STEPS_PER_LINE or row["step"] == self.state.get("steps"):
                 self._last_sft_step = row["step"]
                 self._print_row(row, _SFT_COLUMNS)
@@ -120,6 +120,9 @@ class PlainScreen(Screen):
 
 
 _SFT_COLUMNS = {"time": 6, "stage": 5, "step": 9, "loss": 7, "right tokens": 12, "trained/s": 9}
+_VALUE_COLUMNS = {
+    "time": 6, "stage": 5, "step": 9, "value loss": 10, "explained": 9, "pass": 5, "length": 6, "sampled/s": 9,
+}  # fmt: skip
 _RL_COLUMNS = {
     "time": 6, "stage": 5, "step": 9, "reward": 7, "pass": 5, "length": 6, "stale": 5, "sampled/s": 9, "trained/s": 9,
     "idle r/t": 8, "pool": 4, "running": 7,
@@ -193,6 +196,8 @@ def _cells(row: Row, steps: int) -> dict[str, str]:
         "stage": row["stage"],
         "step": f"{row['step']}/{steps}" if steps else str(row["step"]),
         "loss": cell("loss", "{:.3f}".format),
+        "value loss": cell("value_loss", "{:.3f}".format),
+        "explained": cell("explained_variance", percent),
         "right tokens": cell("accuracy_ratio", percent),
         "reward": cell("reward_mean", "{:.3f}".format),
         "pass": cell("pass_ratio", percent),

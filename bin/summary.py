@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +18,8 @@ from rich.text import Text
 
 from .actors.report import EvaluationRecord, SamplePair
 from .screen import duration, short
+
+By = Literal["by_size", "by_dataset"]
 
 NUM_RANGES = 4
 """Columns of the accuracy table: ranges of problem sizes."""
@@ -36,34 +38,46 @@ def final_report(summary: Mapping[str, Any], run: Path, *, console: Console | No
         console.print()
         console.print(f"Accuracy on {after['n']} fixed problems, by their size", style="bold")
         console.print(accuracy_table(before, after))
+        if len(after.get("by_dataset", {})) > 1:
+            console.print()
+            console.print("The same by puzzle", style="bold")
+            console.print(accuracy_table(before, after, by="by_dataset"))
     if summary["samples"]:
+        has_steps = _config(run).get("task", {}).get("kind", "running_sum") == "running_sum"
         console.print()
         console.print(
-            "Greedy answers to problems that the warm-up left wrong; the first wrong step is in [ ]",
+            "Greedy answers to problems that the warm-up left wrong"
+            + ("; the first wrong step is in [ ]" if has_steps else ""),
             style="bold",
         )
         for sample in summary["samples"]:
             console.print()
-            console.print(_side_by_side(sample))
+            console.print(_side_by_side(sample, has_steps=has_steps))
     console.print()
     console.print("What to try next", style="bold")
     for why, command in suggestions(summary, run):
         console.print(Text.assemble((f"  # {why}\n", "dim"), f"  {command}"), soft_wrap=True)
 
 
-def accuracy_table(before: EvaluationRecord, after: EvaluationRecord) -> Table:
-    """pass@1 and greedy accuracy of two evaluations by ranges of problem size."""
-    ranges = size_ranges([int(size) for size in after["by_size"]])
+def accuracy_table(before: EvaluationRecord, after: EvaluationRecord, *, by: By = "by_size") -> Table:
+    """pass@1 and greedy accuracy of two evaluations by ranges of problem size, or by data set."""
+    columns = {name: [name] for name in after.get(by, {})} if by == "by_dataset" else _sizes(after)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("")
     table.add_column("")
-    for low, high in ranges:
-        table.add_column(f"{low}-{high}" if low < high else str(low), justify="right")
+    for name in columns:
+        table.add_column(name, justify="right")
     table.add_column("all", justify="right")
-    table.add_row("problems", "", *(str(round(_over(after, r, 0)[0])) for r in ranges), str(after["n"]), style="dim")
+    table.add_row(
+        "problems",
+        "",
+        *(str(round(_over(after.get(by, {}), keys, 0)[0])) for keys in columns.values()),
+        str(after["n"]),
+        style="dim",
+    )
     for name, column in (("greedy", 2), ("pass@1", 1)):
         for label, evaluation in ((_after(before), before), (_after(after), after)):
-            scores = [_over(evaluation, r, column)[1] for r in ranges]
+            scores = [_over(evaluation.get(by, {}), keys, column)[1] for keys in columns.values()]
             whole = evaluation["greedy"] if column == 2 else evaluation["pass_at_1"]
             style = "bold" if evaluation is after else ""
             first = name if evaluation is before else ""
@@ -151,9 +165,18 @@ def _headline(summary: Mapping[str, Any], run: Path) -> Text:
     return text
 
 
-def _over(evaluation: EvaluationRecord, sizes: tuple[int, int], column: int) -> tuple[float, float]:
-    """Problems in a range of sizes, and the mean of a column of `by_size` over them."""
-    rows = [row for size, row in evaluation["by_size"].items() if sizes[0] <= int(size) <= sizes[1]]
+def _sizes(evaluation: EvaluationRecord) -> dict[str, list[str]]:
+    """Keys of `by_size` for each range of sizes, by its name."""
+    sizes = sorted(int(size) for size in evaluation["by_size"])
+    return {
+        f"{low}-{high}" if low < high else str(low): [str(size) for size in sizes if low <= size <= high]
+        for low, high in size_ranges(sizes)
+    }
+
+
+def _over(scores: Mapping[str, Sequence[float]], keys: Sequence[str], column: int) -> tuple[float, float]:
+    """Problems under `keys`, and the mean of a column over them."""
+    rows = [scores[key] for key in keys if key in scores]
     total = sum(row[0] for row in rows)
     return total, sum(row[0] * row[column] for row in rows) / total if total else 0.0
 
@@ -162,7 +185,7 @@ def _after(evaluation: EvaluationRecord) -> str:
     return "after SFT" if evaluation["stage"] == "sft" else f"after {evaluation['step']} RL steps"
 
 
-def _side_by_side(sample: SamplePair) -> Table:
+def _side_by_side(sample: SamplePair, *, has_steps: bool) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -174,7 +197,7 @@ def _side_by_side(sample: SamplePair) -> Table:
     )
     for label, answer, correct in answers:
         verdict = Text("right", "green") if correct else Text("wrong", "red")
-        table.add_row(f"  {label}", _marked(answer, sample["solution"]), verdict)
+        table.add_row(f"  {label}", _marked(answer, sample["solution"]) if has_steps else Text(answer), verdict)
     return table
 
 

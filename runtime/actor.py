@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from .memory import Memory
     from .node import Node
     from .ref import Ref
+    from .worker import Worker
+    from .worker_group import WorkerGroup
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -169,6 +171,12 @@ class Actor:
         if self._node is None:
             raise RuntimeError(f"{type(self).__name__}.find({name!r}): this actor is not in a running system")
         return self._node.ref(name)
+
+    def worker_group(self, name: str, kind: type[Worker]) -> WorkerGroup:
+        """The worker group `name` of this system, of ranks of class `kind`: one, or as many as were declared."""
+        from .worker_group import WorkerGroup
+
+        return WorkerGroup.find(self, name, kind)
 
     def watch(self, name: str) -> AsyncIterator[Status]:
         """Yields the present status of an actor and then each change: up (a new incarnation), down, stopped."""

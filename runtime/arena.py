@@ -131,6 +131,11 @@ class Arena:
             self._holds[start] = self._holds.get(start, 0) + 1
             return Loan(slot, generation, file.handle(slot, generation), start, target)
 
+    def holds(self, array: np.ndarray) -> bool:
+        """Whether it was born here, or is a part of one that was."""
+        with self._lock:
+            return self._find(array) is not None
+
     def assign(self, loans: Sequence[Loan], holder: str) -> None:
         """Says which node gets what was lent."""
         with self._lock:

@@ -3,12 +3,13 @@
     [run]             name, seed, directory
     [nodes.NAME]      one process of its own: launcher, threads, env, start, hang_s
     [groups.NAME]     actors supervised together: strategy, parent, max_restarts, window_s, ...
-    [actors.NAME]     class = "module:Class", node, group, restart, max_restarts, window_s, ...;
+    [actors.NAME]     class = "module:Class", node, group, ranks, restart, max_restarts, window_s, ...;
                       every other key is a field of that class
     [ANYTHING ELSE]   a table that the caller names together with a dataclass
 
-An actor field named like a table, and annotated with that table's dataclass, receives the table. All values are checked
-here; nothing is started, no file is written. Knows nothing of what the actors or the other tables are for.
+An actor field named like a table, and annotated with that table's dataclass, a base of it or a protocol that it
+fulfils, receives the table. All values are checked here; nothing is started, no file is written. Knows nothing of what
+the actors or the other tables are for.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from .actor import Actor
 from .launcher import NodeSpec
+from .layout import ONE
 from .rundir import RunSpec
 from .strategy import ROOT_GROUP, Strategy
 from .supervisor import RestartPolicy
 from .toml import ConfigError, Document, Keys, dump_value, nearest
+from .worker import Worker
 
 T = TypeVar("T")
 
@@ -95,6 +98,8 @@ class ActorSpec:
     policy: RestartPolicy
     instance: Actor
     """The configured actor; `start` has not been called."""
+    ranks: int = 1
+    """Of a worker group; each but the first lives in a node of its own (gang.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +119,9 @@ class ClusterSpec:
 
 
 _POLICY_KEYS = tuple(f.name for f in fields(RestartPolicy))
-_ACTOR_KEYS = ("class", "node", "group", *_POLICY_KEYS)
+_ACTOR_KEYS = ("class", "node", "group", "ranks", *_POLICY_KEYS)
+_OF_RANKS: dict[str, Any] = {"rank": 0, "layout": ONE}
+"""Fields of a Worker that say which rank it is: nobody writes them down."""
 
 
 def load_cluster(document: Document, tables: Mapping[str, type]) -> tuple[ClusterSpec, dict[str, Any]]:
@@ -156,7 +163,9 @@ def to_table(cluster: ClusterSpec, tables: Mapping[str, Any]) -> dict[str, Any]:
     for name, spec in cluster.actors.items():
         given = _given_to(type(spec.instance), shared)
         own = {key: value for key, value in _plain(spec.instance).items() if key not in given}
-        place = {"class": spec.class_path, "node": spec.node, "group": spec.group}
+        place: dict[str, Any] = {"class": spec.class_path, "node": spec.node, "group": spec.group}
+        if isinstance(spec.instance, Worker):
+            place["ranks"] = spec.ranks
         actors[name] = {**place, **_plain(spec.policy), **own}
     nodes = {name: _plain(spec) for name, spec in cluster.nodes.items()}
     groups = {
@@ -212,9 +221,23 @@ def _actor(
     if node not in nodes:
         hint = nearest(node, nodes, otherwise=f"; add [nodes.{node}], or take one of {', '.join(nodes)}")
         raise document.error((*keys, "node"), f"there is no node {dump_value(node)}{hint}")
+    ranks = _ranks(document, keys, cls, table)
     own = {key: value for key, value in table.items() if key not in _ACTOR_KEYS}
     instance = _build(document, keys, cls, own, _given_to(cls, shared), also_known=_ACTOR_KEYS)
-    return ActorSpec(name=name, class_path=table["class"], node=node, group=group, policy=policy, instance=instance)
+    return ActorSpec(
+        name=name, class_path=table["class"], node=node, group=group, policy=policy, instance=instance, ranks=ranks,
+    )  # fmt: skip
+
+
+def _ranks(document: Document, keys: Keys, cls: type[Actor], table: Mapping[str, Any]) -> int:
+    ranks: int = _convert(document, (*keys, "ranks"), Annotated[int, Ge(1)], table.get("ranks", 1))
+    if "ranks" in table and not issubclass(cls, Worker):
+        raise document.error(
+            (*keys, "ranks"), f"{cls.__name__} can't be several ranks, since it is no Worker; remove the key"
+        )
+    for key in _OF_RANKS.keys() & table.keys() if issubclass(cls, Worker) else ():
+        raise document.error((*keys, key), "every rank has its own; set ranks, the number of them")
+    return ranks
 
 
 def _actor_class(document: Document, keys: Keys, table: Mapping[str, Any]) -> type[Actor]:
@@ -330,7 +353,12 @@ def field_types(cls: type) -> dict[str, Any]:
 
 def _given_to(cls: type, shared: Mapping[str, Any]) -> dict[str, Any]:
     types = field_types(cls)
-    return {name: value for name, value in shared.items() if types.get(name) is type(value)}
+    own = _OF_RANKS if issubclass(cls, Worker) else {}
+    return own | {name: value for name, value in shared.items() if _fits(value, types.get(name))}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    return isinstance(hint, type) and isinstance(value, hint)
 
 
 def _table(document: Document, keys: Keys) -> dict[str, Any]:

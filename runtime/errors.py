@@ -5,7 +5,7 @@ All derive from RuntimeFault. Each survives the wire (`name`, `message`) and pic
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from .exits import Exit
@@ -56,6 +56,44 @@ class RemoteError(RuntimeFault):
     def __str__(self) -> str:
         where = f"\n\nTraceback in the actor:\n{self.remote_traceback}" if self.remote_traceback else ""
         return f"{self.args[0]}{where}"
+
+
+class RankError(RemoteError):
+    """A rank of a worker group raised; `rank` says which."""
+
+    def __init__(self, message: str, remote_type: str = "", remote_traceback: str = "", rank: int = 0) -> None:
+        super().__init__(message, remote_type, remote_traceback)
+        self.rank = rank
+
+
+class BadSample(RuntimeFault):
+    """A sample of a batch can't be worked on. The text begins "sample N:"; a worker group tells its caller the number
+    that the sample has in the caller's batch."""
+
+    @classmethod
+    def at(cls, index: int, why: str) -> Self:
+        """Sample `index` of the batch that was given, and what is wrong with it."""
+        return cls(f"sample {index}: {why}")
+
+    @property
+    def index(self) -> int:
+        """-1 if the text does not say it."""
+        number = str(self).partition(": ")[0].removeprefix("sample ")
+        return int(number) if number.isdecimal() else -1
+
+    @property
+    def why(self) -> str:
+        """Without the number."""
+        return str(self).partition(": ")[2]
+
+
+class BatchGone(RuntimeFault):
+    """A batch that stayed with the ranks that made it is not there any more: released, or the ranks were restarted.
+    Make it again."""
+
+
+class BatchesFull(RuntimeFault):
+    """A rank keeps as many bytes of batches for others as it may. Release those that are not needed."""
 
 
 class RestartBudgetExceeded(RuntimeFault):

@@ -62,6 +62,20 @@ class Lending:
                 return born
         return np.empty(shape, dtype)
 
+    async def shared(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The same arrays where they, and any parts of them, can be sent to many nodes without another copy: large ones
+        are copied into the arena, all together by its thread. What finds no room stays where it is."""
+        found, copies = list(arrays), []
+        for index, array in enumerate(arrays):
+            if array.nbytes >= LEND_BYTES and not self.arena.holds(array):
+                born = self.empty(array.shape, array.dtype)
+                if self.arena.holds(born):
+                    found[index] = born
+                    copies.append((born, array))
+        if copies:
+            await asyncio.get_running_loop().run_in_executor(self.arena.porter, _copy_all, copies)
+        return found
+
     def lend(self, view: memoryview) -> bytes | None:
         """The codec's `lend`, for a message to a node of this host."""
         if self.cargo is None:
@@ -125,6 +139,11 @@ class Lending:
     def _forget(self, peer: str, copied: asyncio.Future[None]) -> None:
         if self._copies.get(peer) is copied:
             del self._copies[peer]
+
+
+def _copy_all(copies: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    for target, source in copies:
+        np.copyto(target, source)
 
 
 class Cargo:

@@ -1,4 +1,4 @@
-"""The framework of bin/bench on made-up benchmarks; and, slow, the job benchmark on a very small job."""
+"""The framework of bin/bench on made-up benchmarks; and, slow, the job and learning benchmarks on very small jobs."""
 
 from __future__ import annotations
 
@@ -212,3 +212,24 @@ def test_a_very_small_job(tmp_path: Path) -> None:
     assert all(value is not None for value in figures.values())
     for name in ("job_wall_s", "first_rollout_s", "peak_rss_bytes", "sampler_ratio", "trainer_ratio", "check_s"):
         assert figures[name] > 0
+
+
+@pytest.mark.slow
+def test_what_is_learned_is_read_from_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import _learning
+    from tiny_job import SETTINGS
+
+    assert {"dapo", "vapo"} < _learning.VARIANTS.keys()
+    name = "vapo_without_decoupled_gae"
+    monkeypatch.setattr(_learning, "VARIANTS", {name: _learning.VARIANTS[name]})
+    tiny = SETTINGS | {"rl.steps": 3, "algorithm.value_pretraining": 2, "critic.mini_batches": 1}
+    figures = _learning.measure_learning(lambda text: None, *(f"{key}={value}" for key, value in tiny.items()))
+    assert [figures.pop(bar.name) for bar in _learning.LEARNING_BARS] == [None] * 4
+    assert figures.keys() == {
+        f"{name}_{figure}" for figure in (
+            "pass_at_1_ratio", "greedy_ratio", "step_0_pass_at_1_ratio", "step_3_pass_at_1_ratio",
+            "pretrained_explained_variance",
+        )
+    }  # fmt: skip
+    assert all(0 <= value <= 1 for figure, value in figures.items() if value is not None and "explained" not in figure)

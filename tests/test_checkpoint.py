@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from headrace.actors.algorithms import Batch, group_advantages
+from headrace.actors.algorithms.dapo import Dapo
+from headrace.actors.algorithms.updates import PolicyUpdate
 from headrace.actors.data.running_sum import RunningSum
 from headrace.actors.model.config import ModelConfig
 from headrace.actors.run_state import LATEST, POOL, STATE, RunState, latest_checkpoint, load_state
@@ -29,8 +32,8 @@ MODEL = ModelConfig(
     vocab_size=TASK.vocab_size, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=4,
     moe_intermediate_size=16,
 )  # fmt: skip
-SFT = SftSettings(steps=5, batch=4, warmup_steps=2)
-RL = RlSettings(steps=6, group_size=4, groups_per_step=3, warmup_steps=2, learning_rate=1e-3)
+SFT = SftSettings(steps=5, batch=4, warmup_steps=2, learning_rate=4e-3, muon_learning_rate=0.012)
+RL = RlSettings(steps=6, group_size=4, groups_per_step=3, mini_batches=2, warmup_steps=2, learning_rate=1e-3)
 
 
 def trainer_of(tmp_path: Path, name: str = "run") -> Trainer:
@@ -70,6 +73,13 @@ def batch(step: int) -> list[Group]:
     return groups
 
 
+def update(step: int) -> PolicyUpdate:
+    whole = Batch(batch(step))
+    return PolicyUpdate(
+        groups=whole.groups, advantages=[*whole.spread(group_advantages(whole))], objective=Dapo().objective
+    )
+
+
 def state_of(trainer: Trainer) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return trainer._learner.state()
 
@@ -84,44 +94,44 @@ def assert_same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) 
 async def test_a_trainer_that_comes_back_reaches_the_same_bits(tmp_path: Path) -> None:
     """Killed after each of its steps in turn, with the last checkpoint in the warm-up, at its end, and in RL."""
     undisturbed = await started(tmp_path, "undisturbed")
-    undisturbed.warm_up(SFT.steps)
-    expected_metrics = [undisturbed.step(step, batch(step)) for step in range(1, 5)]
+    await undisturbed.warm_up(SFT.steps)
+    expected_metrics = [await undisturbed.step(step, update(step)) for step in range(1, 5)]
     expected, info = state_of(undisturbed)
-    assert info == {"stage": "rl", "step": 4}
+    assert info == {"stage": "rl", "step": 4, "skipped_in_row": 0}
 
     trainer = await started(tmp_path)
-    trainer.warm_up(2)
-    trainer.checkpoint("sft-000002", {})
-    trainer.warm_up(3)
+    await trainer.warm_up(2)
+    trainer.checkpoint("sft-000002", {}, {})
+    await trainer.warm_up(3)
     for sft_steps, rl_steps, name in ((5, 1, "sft-000005"), (5, 3, "rl-000003"), (5, 4, "")):
         trainer = await started(tmp_path)
-        trainer.warm_up(sft_steps)
+        await trainer.warm_up(sft_steps)
         if name.startswith("sft"):
-            trainer.checkpoint(name, {})
+            trainer.checkpoint(name, {}, {})
         for step in range(await trainer.position() + 1, rl_steps + 1):
-            metrics = trainer.step(step, batch(step))
+            metrics = await trainer.step(step, update(step))
             same = {key for key in metrics if not key.endswith("_s")}
             assert {k: metrics[k] for k in same} == {k: expected_metrics[step - 1][k] for k in same}
         if name.startswith("rl"):
-            trainer.checkpoint(name, {})
-            trainer.step(rl_steps + 1, batch(rl_steps + 1))
+            trainer.checkpoint(name, {}, {})
+            await trainer.step(rl_steps + 1, update(rl_steps + 1))
     assert_same(state_of(trainer)[0], expected)
 
 
 async def test_rewind_goes_back_to_the_newest_checkpoint_and_is_free_at_it(tmp_path: Path) -> None:
     trainer = await started(tmp_path)
     fresh, _ = state_of(trainer)
-    trainer.warm_up(2)
+    await trainer.warm_up(2)
     trainer.rewind()
     assert_same(state_of(trainer)[0], fresh)
-    trainer.warm_up(SFT.steps)
-    trainer.step(1, batch(1))
-    trainer.checkpoint("rl-000001", {})
+    await trainer.warm_up(SFT.steps)
+    await trainer.step(1, update(1))
+    trainer.checkpoint("rl-000001", {}, {})
     kept, _ = state_of(trainer)
     learner = trainer._learner
     trainer.rewind()
     assert trainer._learner is learner
-    trainer.step(2, batch(2))
+    await trainer.step(2, update(2))
     trainer.rewind()
     assert_same(state_of(trainer)[0], kept)
     assert await trainer.position() == 1
@@ -129,33 +139,33 @@ async def test_rewind_goes_back_to_the_newest_checkpoint_and_is_free_at_it(tmp_p
 
 async def test_steps_come_in_order_and_once(tmp_path: Path) -> None:
     trainer = await started(tmp_path)
-    trainer.warm_up(SFT.steps)
+    await trainer.warm_up(SFT.steps)
     with pytest.raises(ValueError, match="RL step 2 can't follow 0; show the trainer the batches in between"):
-        trainer.step(2, batch(2))
-    trainer.step(1, batch(1))
+        await trainer.step(2, update(2))
+    await trainer.step(1, update(1))
     with pytest.raises(ValueError, match="RL step 1 can't follow 1"):
-        trainer.step(1, batch(1))
-    assert trainer.warm_up(SFT.steps) == {}, "the warm-up is over"
+        await trainer.step(1, update(1))
+    assert await trainer.warm_up(SFT.steps) == {}, "the warm-up is over"
 
 
 @pytest.mark.slow
 async def test_kill_9_in_the_middle_of_a_step_costs_no_bit(tmp_path: Path) -> None:
     """The published weights of a trainer process that was killed are those of one that was not."""
     alone = await started(tmp_path, "alone")
-    alone.warm_up(SFT.steps)
+    await alone.warm_up(SFT.steps)
     for step in (1, 2, 3):
-        alone.step(step, batch(step))
+        await alone.step(step, update(step))
 
     (tmp_path / "run").mkdir()
     async with System(tmp_path / "run") as system:
         ref = await system.spawn(trainer_of(tmp_path), name="trainer", node="trainer")
         trainer, receiver = DurableTrainer(ref, RunState()), Receiver()
         await trainer.warm_up(SFT.steps)
-        await trainer.train(batch(1))
-        await trainer.checkpoint("rl-000001", {})
-        await trainer.train(batch(2))
+        await Dapo().step(Batch(batch(1)), policy=trainer)
+        await trainer.checkpoint("rl-000001", {}, {})
+        await Dapo().step(Batch(batch(2)), policy=trainer)
         assert trainer.num_kept == 1
-        step = asyncio.create_task(trainer.train(batch(3)))
+        step = asyncio.create_task(Dapo().step(Batch(batch(3)), policy=trainer))
         await asyncio.sleep(0.01)
         os.kill(system.pids()["trainer"], signal.SIGKILL)
         await step
@@ -258,7 +268,7 @@ def test_damage_is_reported_with_what_to_do(tmp_path: Path) -> None:
 
 async def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     trainer = await started(tmp_path)
-    trainer.checkpoint("sft-000000", {})
+    trainer.checkpoint("sft-000000", {}, {})
     other = Trainer(
         run=trainer.run, model=ModelConfig(vocab_size=TASK.vocab_size), task=TASK, sft=SFT, rl=RL, keep_checkpoints=2
     )

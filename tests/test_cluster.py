@@ -14,6 +14,8 @@ from annotated_types import Ge, Le
 
 from headrace.runtime import Actor, toml
 from headrace.runtime.cluster import ClusterSpec, load_cluster, to_table
+from headrace.runtime.gang import with_ranks
+from headrace.runtime.layout import Layout
 from headrace.runtime.toml import ConfigError
 
 
@@ -280,3 +282,56 @@ def test_groups_are_supervised_together_and_give_their_policy_to_members_that_ha
 )
 def test_mistakes_in_groups_are_named(old: str, new: str, text: str) -> None:
     assert text in message(GOOD.partition("[actors.ann]")[0] + GROUPS.replace(old, new, 1))
+
+
+RANKS = """
+[run]
+name = "r"
+[paint]
+colour = "green"
+[nodes.far]
+threads = 2
+[nodes.ann-2]
+threads = 3
+[actors.ann]
+class = "worker_actors:Rank"
+node = "far"
+ranks = 3
+max_restarts = 5
+[actors.bob]
+class = "worker_actors:Rank"
+"""
+
+
+def test_ranks_become_actors_nodes_and_a_gang() -> None:
+    cluster, tables = load(RANKS)
+    assert load(toml.dump(to_table(cluster, tables)))[0] == cluster
+    assert list(cluster.actors) == ["ann", "bob"]
+    whole = with_ranks(cluster)
+    assert list(whole.actors) == ["ann", "ann/1", "ann/2", "bob"]
+    assert [(s.node, s.group) for s in whole.actors.values()] == [
+        ("far", "ann"), ("ann-1", "ann"), ("ann-2", "ann"), ("root", "root"),
+    ]  # fmt: skip
+    assert [(s.instance.rank, s.instance.layout) for s in whole.actors.values()] == [
+        (0, Layout(3)), (1, Layout(3)), (2, Layout(3)), (0, Layout(1)),
+    ]  # fmt: skip
+    assert {name: node.threads for name, node in whole.nodes.items()} == {"far": 2, "ann-1": 2, "ann-2": 3}
+    assert (whole.groups["ann"].strategy, whole.groups["ann"].policy.max_restarts) == ("one_for_all", 5)
+    alone, _ = load(RANKS.replace("ranks = 3", "ranks = 1"))
+    assert with_ranks(alone) == alone
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("ranks = 3", "ranks = 0", "[actors.ann] ranks: must be greater than or equal to 1, got 0"),
+        ("ranks = 3", "rank = 1", "[actors.ann] rank: every rank has its own; set ranks, the number of them"),
+        (
+            'worker_actors:Rank"\nnode',
+            'headrace.runtime.pool:SamplePool"\nnode',
+            "since it is no Worker; remove the key",
+        ),
+    ],
+)
+def test_mistakes_in_ranks_are_named(old: str, new: str, text: str) -> None:
+    assert text in message(RANKS.replace(old, new, 1))

@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 
 from headrace.actors import controller as controller_module
+from headrace.actors.algorithms import Algorithm
+from headrace.actors.algorithms.dapo import Dapo
+from headrace.actors.algorithms.updates import PolicyUpdate, ValueUpdate
+from headrace.actors.algorithms.vapo import Vapo
 from headrace.actors.controller import Controller
 from headrace.actors.data.running_sum import RunningSum
 from headrace.actors.evaluator import Evaluation
@@ -27,7 +31,7 @@ from headrace.actors.trainer.settings import RlSettings, SftSettings
 from headrace.actors.types import Group
 from headrace.actors.verifier import RuleVerifier
 from headrace.runtime import Actor, Lane, RestartPolicy, System, message
-from headrace.runtime.codec import dumps
+from headrace.runtime.codec import dumps, wire
 from headrace.runtime.errors import ActorDied, RestartBudgetExceeded, StaleIncarnation
 from headrace.runtime.exchange import Manifest
 from headrace.runtime.rundir import RunSpec
@@ -53,6 +57,15 @@ class World:
     trained: list[tuple[int, list[int]]] = field(default_factory=list)
     """RL step and ordinals, each time a trainer was shown a batch."""
     batches: dict[int, list[Group]] = field(default_factory=dict)
+    updates: dict[int, PolicyUpdate] = field(default_factory=dict)
+    values: list[list[int]] = field(default_factory=list)
+    """Ordinals, each time a critic was asked for values."""
+    returns: list[tuple[int, ValueUpdate]] = field(default_factory=list)
+    """Number and update, each time a critic was shown one."""
+    critic_kept: int = 0
+    """Updates in the critic's last checkpoint."""
+    regress: Callable[[int], Awaitable[None]] | None = None
+    """Called by the critic in the middle of an update."""
     published: list[tuple[int, Position]] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     evaluated: list[int] = field(default_factory=list)
@@ -112,10 +125,13 @@ class FakeTrainer(Mortal):
         return {"loss": 1.0 / self.sft if self.sft else 1.0}
 
     @message
-    async def step(self, number: int, groups: list[Group]) -> dict[str, float]:
+    async def step(self, number: int, update: PolicyUpdate) -> dict[str, float]:
+        groups = update.groups
         assert (self.sft, number) == (SFT.steps, self.rl + 1)
         WORLD.trained.append((number, [group.prompt.ordinal for group in groups]))
         WORLD.batches[number] = groups
+        before = WORLD.updates.setdefault(number, update)
+        assert [*map(bytes_of, before.advantages)] == [*map(bytes_of, update.advantages)], "not what it was given"
         WORLD.tell()
         if WORLD.train is not None:
             await WORLD.train(number)
@@ -131,14 +147,57 @@ class FakeTrainer(Mortal):
         )  # fmt: skip
 
     @message
-    async def checkpoint(self, name: str, files: dict[str, bytes]) -> str:
+    async def checkpoint(self, name: str, files: dict[str, bytes], parts: dict[str, str]) -> str:
         WORLD.kept = self.sft, self.rl
+        WORLD.critic_kept = max([WORLD.critic_kept, *(int(part) for part in parts.values())])
         folder = WORLD.run / "checkpoints" / name
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
             (folder / file).write_bytes(content)
         folder.with_name(LATEST).write_text(name)
         return name
+
+
+@dataclass(kw_only=True)
+class FakeCritic(Mortal):
+    """Counts its updates, and says something else of the same state whenever it is asked."""
+
+    async def start(self) -> None:
+        self.number = WORLD.critic_kept
+
+    @message
+    async def position(self) -> int:
+        return self.number
+
+    @message
+    async def rewind(self) -> None:
+        self.number = WORLD.critic_kept
+
+    @message
+    async def values(self, groups: list[Group]) -> list[np.ndarray]:
+        WORLD.values.append([group.prompt.ordinal for group in groups])
+        random = np.random.default_rng(len(WORLD.values))
+        return [random.random(t.num_tokens).astype(np.float32) for group in groups for t in group.trajectories]
+
+    @message
+    async def update(self, number: int, update: ValueUpdate) -> dict[str, float]:
+        assert number == self.number + 1
+        before = next((u for n, u in WORLD.returns if n == number), update)
+        assert [*map(bytes_of, before.returns)] == [*map(bytes_of, update.returns)], "not what it was given"
+        WORLD.returns.append((number, update))
+        WORLD.tell()
+        if WORLD.regress is not None:
+            await WORLD.regress(number)
+        self.number = number
+        return {"value_loss": 1.0 / number}
+
+    @message
+    async def checkpoint(self, name: str) -> str:
+        return str(self.number)
+
+
+def bytes_of(row: np.ndarray | None) -> bytes:
+    return b"" if row is None else row.tobytes()
 
 
 @dataclass(kw_only=True)
@@ -208,17 +267,23 @@ class OneSize(Controller):
 
     async def start(self) -> None:
         await super().start()
-        self.adaptation.choose = lambda ordinal: 3  # type: ignore[method-assign]
+        self.questions.prompt = lambda ordinal: TASK.prompts(0, np.array([ordinal]), np.array([3]))[0]
 
 
 @asynccontextmanager
-async def running(policies: dict[str, RestartPolicy] | None = None, every: int = 0) -> AsyncIterator[System]:
-    """The whole system in this process."""
+async def running(
+    policies: dict[str, RestartPolicy] | None = None, every: int = 0, algorithm: Algorithm | None = None
+) -> AsyncIterator[System]:
+    """The whole system in this process; DAPO, unless told otherwise."""
     run = RunSpec(name=WORLD.run.name, directory=str(WORLD.run.parent))
     actors: dict[str, Actor] = {
         "rollout": FakeRollout(), "trainer": FakeTrainer(), "evaluator": FakeEvaluator(), "verifier": RuleVerifier(),
-        "reward": Reward(rl=RL), "pool": StreamPool(run=run, rl=RL, capacity=32),
-        "controller": OneSize(run=run, task=TASK, sft=SFT, rl=RL, evaluation=EvaluationSettings(every=every)),
+        "reward": Reward(rl=RL, overlong_cache=0), "pool": StreamPool(run=run, rl=RL, capacity=32),
+        "controller": OneSize(
+            run=run, task=TASK, sft=SFT, rl=RL, algorithm=algorithm or Dapo(),
+            evaluation=EvaluationSettings(every=every),
+        ),
+        "critic": FakeCritic(),
     }  # fmt: skip
     WORLD.run.mkdir(parents=True, exist_ok=True)
     async with System(WORLD.run) as system:
@@ -474,4 +539,87 @@ async def test_an_actor_that_has_stopped_for_good_fails_the_run(world: World) ->
             with pytest.raises(
                 RestartBudgetExceeded, match="rollout has stopped for good: RuntimeError: the test killed"
             ):
+                await system.failed
+
+
+# With a critic -----------------------------------------------------------------------------------------------
+
+
+def check_critic(steps: int) -> None:
+    """No update left out, none but those since a checkpoint shown twice; the RL batches are the policy's."""
+    shown = [number for number, _ in WORLD.returns]
+    assert sorted(set(shown)) == list(range(1, steps + 1))
+    last = {number: [g.prompt.ordinal for g in update.groups] for number, update in WORLD.returns}
+    trained = dict(WORLD.trained)
+    for step, ordinals in trained.items():
+        assert last[steps - RL.steps + step] == ordinals
+    used = [ordinal for number in last for ordinal in last[number]]
+    assert len(used) == len(set(used)) == steps * RL.groups_per_step, "no group is learned from twice"
+
+
+async def test_a_critic_learns_first_and_then_with_the_policy(world: World) -> None:
+    async with running(algorithm=Vapo(value_pretraining=3)) as system:
+        summary = await end_of(system)
+    assert summary["ok"] and list(summary["stages"]) == ["sft", "value", "rl"]
+    check_critic(3 + RL.steps)
+    assert [row["step"] for row in rows("value")] == [1, 2, 3]
+    assert [row["step"] for row in rows()] == [1, 2, 3, 4, 5, 6]
+    assert {row["version"] for row in rows("value")} == {1} and rows()[-1]["version"] == 7
+    assert len(world.values) == RL.steps, "pretraining asks for no values"
+    kept = sorted(path.name for path in (world.run / "checkpoints").iterdir() if path.is_dir())
+    assert {"value-000002", "value-000003", "rl-000002", "done-000006"} <= set(kept)
+    assert any(world.same(ordinal) for ordinals in world.values for ordinal in ordinals), "VAPO keeps every group"
+    assert rows()[-1]["filtered_groups"] == 0
+
+
+async def test_both_learners_are_shown_again_the_very_numbers_that_they_were_given(world: World) -> None:
+    """Though by then the critic would say something else."""
+
+    async def die_in_update_6(number: int) -> None:
+        if number == 6:
+            world.regress = None
+            system.find("critic").die.cast()
+            system.find("trainer").die.cast()
+            await asyncio.sleep(60)
+
+    world.regress = die_in_update_6
+    async with running(algorithm=Vapo(value_pretraining=2)) as system:
+        await end_of(system)
+    check_critic(2 + RL.steps)
+    assert [number for number, _ in world.returns] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
+    assert len(world.values) == RL.steps
+
+
+async def test_a_controller_that_fails_takes_critic_and_trainer_back_to_one_checkpoint(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, failures = Controller._measure, []
+
+    async def fail_once(self: Controller, *args: Any) -> Any:
+        if self.state.rl_steps == 3 and not failures:
+            failures.append(3)
+            world.updates.clear()  # The batches after the checkpoint are made anew.
+            del world.returns[-1:]
+            raise ZeroDivisionError("once")
+        return await measure(self, *args)
+
+    monkeypatch.setattr(Controller, "_measure", fail_once)
+    async with running(algorithm=Vapo(value_pretraining=2)) as system:
+        summary = await end_of(system)
+    assert summary["ok"] and summary["steps"] == RL.steps
+    assert [number for number, _ in world.returns] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [step for step, _ in world.trained] == [1, 2, 3, 3, 4, 5, 6]
+    assert [row["step"] for row in rows()] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_a_step_that_updates_the_policy_twice_is_refused(world: World) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Twice(Dapo):
+        async def step(self, batch: Any, *, policy: Any) -> dict[str, float]:
+            return await super().step(batch, policy=policy) | await super().step(batch, policy=policy)
+
+    policies = {"controller": RestartPolicy(max_restarts=1, backoff_s=0.01)}
+    async with running(policies, algorithm=wire(Twice)()) as system:
+        async with asyncio.timeout(20):
+            with pytest.raises(RestartBudgetExceeded, match=r"called policy.update 2 times in a step"):
                 await system.failed

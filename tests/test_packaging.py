@@ -84,8 +84,10 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
     metadata = {name for name in names if ".dist-info/" in name}
+    files = {installed_path(path.relative_to(ROOT)) for path in (ROOT / "bin" / "clusters").glob("*.toml")}
     cuda = {f"headrace/kernels/cuda/{path.name}" for path in (ROOT / "kernels" / "cuda").iterdir()}
-    assert cuda and names - metadata == {installed_path(path) for path in modules()} | cuda | {"headrace/py.typed"}
+    assert files and cuda
+    assert names - metadata == {installed_path(path) for path in modules()} | files | cuda | {"headrace/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
 
 

@@ -313,6 +313,9 @@ def test_the_ladder_ends_at_its_ends():
         top.observe(top.level, passed=True)
         bottom.observe(bottom.level, passed=False)
     assert (top.level, bottom.level) == (10, 1)
+    narrow = Ladder(level=3, lowest=2, highest=4)
+    levels = climb(9, narrow) + climb(0, narrow)
+    assert (min(levels), max(levels)) == (2, 4)
 
 
 def test_the_ladder_waits_and_ignores_answers_of_other_levels():
@@ -338,6 +341,8 @@ def test_a_restored_ladder_goes_on_the_same():
         ({"high": 1.5}, "low and high"),
         ({"level": 11}, r"one of 1\.\.10"),
         ({"patience": 0}, "at least 1"),
+        ({"lowest": 4, "highest": 3, "level": 4}, "1 <= lowest <= highest <= 10, got 4 and 3"),
+        ({"lowest": 2}, r"one of 2\.\.10, got 1"),
     ],
 )
 def test_a_ladder_that_makes_no_sense_is_refused(settings, message):

@@ -29,8 +29,12 @@ def test_a_metric_that_nobody_explained_is_refused(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="metric 'rewrad' is not documented; add it to METRICS"):
         writer.write("rl", 1, rewrad=1.0)
-    writer.close()
+    for name in ("mood/maze", "verifier_errors/", "puzzle_level"):
+        with pytest.raises(ValueError, match=f"metric '{name}' is not documented"):
+            writer.write("rl", 1, **{name: 1.0})
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert writer.write("rl", 1, **{"puzzle_level/maze": 2.0, "verifier_errors/worker died": 1})["step"] == 1
+    writer.close()
 
 
 def test_suffixes_are_units() -> None:

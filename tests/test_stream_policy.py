@@ -134,7 +134,7 @@ def test_settings_are_checked_and_travel():
         StreamPolicy(batch=16, pool_capacity=8)
     with pytest.raises(ValueError, match="capacity must hold a batch: at least 16 groups, got 15"):
         StreamPool(capacity=15, run=RunSpec(name="a"), rl=RlSettings(groups_per_step=16))
-    pool = StreamPool(run=RunSpec(name="a", directory="b"), rl=RlSettings(max_staleness=3, alpha=0.5))
+    pool = StreamPool(capacity=600, run=RunSpec(name="a", directory="b"), rl=RlSettings(max_staleness=3, alpha=0.5))
     assert pool.journal_path() == "b/a/journal/pool"
     assert pool.policy() == stream_policy(RlSettings(max_staleness=3, alpha=0.5))
     policy = StreamPolicy(batch=16, alpha=0.25)

@@ -167,3 +167,16 @@ def test_what_is_suggested_depends_on_what_happened(tmp_path: Path) -> None:
     assert "kill -9" not in reasons()
     assert "kill -9" in reasons(restarts={"trainer": 0})
     assert "all curves" not in reasons()
+
+
+def test_several_data_sets_have_a_table_and_their_answers_no_steps(tmp_path: Path) -> None:
+    scores = [evaluation("sft", 300, 0.5), evaluation("rl", 200, 2.0)]
+    for score, right in zip(scores, (0.25, 0.75), strict=True):
+        score["by_dataset"] = {"maze": [100, right, right], "sudoku": [30, 0.0, right]}
+    (tmp_path / "config.toml").write_text('[task]\nkind = "puzzles"\n')
+    text = text_of(summary(evaluation=scores), tmp_path)
+    lines = [line.split() for line in text.split("The same by puzzle")[1].splitlines()]
+    assert lines[1:3] == [["maze", "sudoku", "all"], ["problems", "100", "30", "130"]]
+    assert lines[4][-3:-1] == ["0.75", "0.75"] and lines[5][-3:-1] == ["0.25", "0.00"]
+    assert "before   a+9=9b+7=6#6    wrong" in text and "[" not in text.split("Greedy answers")[1].split("What to")[0]
+    assert "The same by puzzle" not in text_of(summary(), tmp_path)

@@ -4,16 +4,18 @@ import asyncio
 import os
 import re
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sample_actors import until
 
+from headrace.actors.algorithms.groups import has_signal
 from headrace.actors.data.running_sum import RunningSum, encode
 from headrace.actors.job import load_job
 from headrace.actors.reward import Reward
-from headrace.actors.trainer.groups import has_signal
 from headrace.actors.trainer.settings import RlSettings
 from headrace.actors.types import Group, Segment, Trajectory, Verdict
 from headrace.actors.verifier import Case, RuleVerifier, TextVerifier
@@ -115,34 +117,65 @@ async def test_a_rule_of_the_users_own_agrees_with_the_rule_of_the_default_job()
             verdicts = await verifier.judge(group)
             assert [v.correct for v in verdicts] == [v.correct for v in expected] == [True, False, False, False]
             assert [bool(v.error) for v in verdicts] == [bool(v.error) for v in expected] == [False, False, False, True]
-            assert verdicts[3].error.startswith(f"prompt {group.prompt.ordinal}: ")
+            assert verdicts[3].error.startswith(f"prompt {group.prompt.ordinal} of running_sum: ")
         stats = await verifier.stats()
-        assert stats["correct"] >= 1 and stats["errors"] == 0 and stats["latency_p50_s"] > 0
+        assert stats["correct"] >= 1 and stats["latency_p50_s"] > 0
+        assert stats["errors"] == stats["errors/unfinished"] == stats["out_of_tokens"] == 3
     finally:
         await verifier.stop(None)
 
 
-async def test_the_readmes_verifier_of_ones_own(tmp_path, monkeypatch):
-    section = (CLUSTER.parent / "README.md").read_text().split("## A verifier of your own\n")[1].split("\n## ")[0]
-    program, settings = re.findall(r"^```\w+\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-    (tmp_path / "my_judge.py").write_text(program)
-    monkeypatch.syspath_prepend(tmp_path)
+def readme(title: str) -> list[str]:
+    """The blocks of a section."""
+    section = (CLUSTER.parent / "README.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    return re.findall(r"^```\w+\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+
+
+@asynccontextmanager
+async def as_written(settings: str) -> AsyncIterator[TextVerifier]:
+    """The verifier of a block of settings."""
     cluster, _ = load_cluster(parse(f'[run]\nname = "x"\n{settings}', "README.md"), {})
     verifier = cluster.actors["verifier"].instance
     assert isinstance(verifier, TextVerifier)
     await verifier.start()
     try:
-        [group] = groups(1)
-        assert [v.correct for v in await verifier.judge(group)][:2] == [True, False]
+        yield verifier
     finally:
         await verifier.stop(None)
+
+
+async def test_the_readmes_verifiers_of_ones_own(tmp_path, monkeypatch):
+    program, by_function, by_class = readme("A verifier of your own")
+    (tmp_path / "my_judge.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    [group] = groups(1)
+    total = int(group.prompt.answer)
+    async with as_written(by_function) as verifier:
+        assert [v.correct for v in await verifier.judge(group)][:2] == [True, False]
+    async with as_written(by_class) as verifier:
+        near = Case(reference=group.prompt.answer, response=f"#{total + 10}")
+        [verdict] = await verifier.judge_cases([near])
+        assert (await verifier.judge(group))[0].reward == 1.0 and verdict.reward == 0.5
+
+
+async def test_the_readmes_policies():
+    [settings] = readme("Verifiers")
+    cases = [
+        Case(reference=reference, response=f"Answer: {response}", dataset=dataset)
+        for dataset, reference, response in (
+            ("gsm8k", "50", "50 %"), ("physics", "5 \\text{ cm}", "5 m"), ("other", "5 \\text{ cm}", "5 m"),
+            ("physics", "1/3", "0.33"), ("other", "1/3", "0.33"),
+        )
+    ]  # fmt: skip
+    async with as_written(settings) as verifier:
+        assert [v.correct for v in await verifier.judge_cases(cases)] == [True, False, True, True, False]
 
 
 async def test_a_graded_verdict_is_the_reward_and_makes_a_signal():
     [group] = groups(1)
     for trajectory, number in zip(group.trajectories, (0.25, 0.25, 0.25, 1.0), strict=True):
         trajectory.verdict = Verdict(correct=True, reward=number)
-    reward = Reward(rl=RlSettings(max_new_tokens=96))
+    reward = Reward(rl=RlSettings(max_new_tokens=96), overlong_cache=8)
     assert await reward.score(group) == pytest.approx([0.25, 0.25, 0.25, 1.0])
     assert has_signal(group)
     group.trajectories.pop()

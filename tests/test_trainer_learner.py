@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.actors.algorithms import Batch, Objective, group_advantages
+from headrace.actors.algorithms.dapo import Dapo
+from headrace.actors.algorithms.updates import PolicyUpdate
 from headrace.actors.model.config import ModelConfig
 from headrace.actors.model.decode import Decoder, KvCache
 from headrace.actors.model.qwen3_moe import Qwen3Moe
@@ -20,8 +23,11 @@ CONFIG = ModelConfig(
     vocab_size=11, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=4,
     moe_intermediate_size=12, max_positions=64, initializer_range=0.2,
 )  # fmt: skip
-SFT = SftSettings(steps=20, warmup_steps=0, decay_ratio=0.0, muon_learning_rate=0.02)
-RL = RlSettings(steps=20, warmup_steps=0, decay_ratio=0.0, mini_batches=2, groups_per_step=4, aux_weight=0.0)
+SFT = SftSettings(steps=20, warmup_steps=0, decay_ratio=0.0, learning_rate=4e-3, muon_learning_rate=0.02)
+RL = RlSettings(
+    steps=20, warmup_steps=0, decay_ratio=0.0, mini_batches=2, groups_per_step=4, aux_weight=0.0, learning_rate=5e-4,
+    weight_decay=0.0,
+)  # fmt: skip
 
 Arrays = dict[str, np.ndarray]
 
@@ -66,6 +72,12 @@ def groups(count: int, *, size: int = 4, seed: int = 0, reward: float | None = N
     return made
 
 
+def dapo_update(batch: list[Group]) -> PolicyUpdate:
+    whole = Batch(batch)
+    advantages = whole.spread(group_advantages(whole))
+    return PolicyUpdate(groups=batch, advantages=[*advantages], objective=Objective())
+
+
 def copied(arrays: Arrays) -> Arrays:
     return {name: array.copy() for name, array in arrays.items()}
 
@@ -102,7 +114,7 @@ def test_rl_makes_rewarded_answers_likelier() -> None:
 
     before = logprob(True) - logprob(False)
     for _ in range(5):
-        learner.rl_step(batch)
+        learner.rl_step(dapo_update(batch))
     assert logprob(True) - logprob(False) > before + 0.2
 
 
@@ -120,7 +132,7 @@ def test_one_rl_update_equals_a_plain_loop() -> None:
     learner = Learner(CONFIG, SFT, settings, seed=3)
     model = Qwen3Moe(CONFIG, seed=3)
     batch = groups(3)
-    metrics = learner.rl_step(batch)
+    metrics = learner.rl_step(dapo_update(batch))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     num_tokens = sum(t.num_tokens for group in batch for t in group.trajectories)
@@ -147,10 +159,10 @@ def test_one_rl_update_equals_a_plain_loop() -> None:
 def test_mini_batches_are_updates_in_the_order_of_the_groups() -> None:
     batch = groups(4)
     once = Learner(CONFIG, SFT, replace(RL, mini_batches=2), seed=0)
-    once.rl_step(batch)
+    once.rl_step(dapo_update(batch))
     twice = Learner(CONFIG, SFT, replace(RL, mini_batches=1), seed=0)
-    twice.rl_step(batch[:2])
-    twice.rl_step(batch[2:])
+    twice.rl_step(dapo_update(batch[:2]))
+    twice.rl_step(dapo_update(batch[2:]))
     assert_equal(once.weights(), twice.weights())
 
 
@@ -159,7 +171,7 @@ def test_packing_changes_nothing_but_rounding(micro_batch_tokens: int) -> None:
     def steps(budget: int) -> tuple[dict[str, float], dict[str, float]]:
         sft = replace(SFT, micro_batch_tokens=budget, aux_weight=0.0)
         learner = Learner(CONFIG, sft, replace(RL, micro_batch_tokens=budget, mini_batches=1), seed=0)
-        return learner.sft_step(examples(16)), learner.rl_step(groups(4))
+        return learner.sft_step(examples(16)), learner.rl_step(dapo_update(groups(4)))
 
     (sft, rl), (sft_whole, rl_whole) = steps(micro_batch_tokens), steps(10_000)
     for name in ("loss", "grad_norm", "accuracy_ratio"):
@@ -185,7 +197,7 @@ def test_the_ratio_of_the_sampling_policy_is_one() -> None:
                     segment.logprobs[i] = float((logits[0] / 0.7).log_softmax(-1)[int(token)])
                     logits = decoder.step(cache, torch.tensor([int(token)]), torch.tensor([position]))
                     position += 1
-    metrics = learner.rl_step(batch)
+    metrics = learner.rl_step(dapo_update(batch))
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-4)
     assert metrics["behaviour_kl_nats"] == pytest.approx(0, abs=1e-6)
     assert metrics["clip_ratio"] == 0
@@ -201,7 +213,7 @@ def test_resuming_is_exact_to_the_bit(muon_learning_rate: float) -> None:
             if step < 4:
                 learner.sft_step(examples(8, seed=step))
             else:
-                learner.rl_step(groups(4, seed=step))
+                learner.rl_step(dapo_update(groups(4, seed=step)))
         arrays, info = stopped.state()
         stopped = Learner(CONFIG, SFT, rl, seed=99)
         stopped.load_state(copied(arrays), dict(info))
@@ -228,25 +240,39 @@ def test_weights_of_another_model_are_refused() -> None:
         learner.load_weights(tensors)
 
 
-@pytest.mark.parametrize("where", ["reward", "logprob", "weight"])
-def test_numbers_that_are_not_finite_change_nothing(where: str) -> None:
-    learner = Learner(CONFIG, SFT, RL, seed=0)
-    learner.rl_step(groups(4, seed=1))
-    batch = groups(4, seed=2)
-    if where == "reward":
-        batch[3].trajectories[0].reward = float("nan")
-    elif where == "logprob":
-        batch[3].trajectories[1].segments[0].logprobs[0] = float("nan")
-    else:
-        learner.weights()["lm_head.weight"][0, 0] = float("inf")
+def test_updates_without_a_finite_gradient_are_skipped_counted_and_stopped() -> None:
+    learner = Learner(CONFIG, SFT, replace(RL, max_skipped=3), seed=0)
+    learner.rl_step(dapo_update(groups(4, seed=1)))
+    sound = learner.weights()["lm_head.weight"][0, 0].copy()
+    learner.weights()["lm_head.weight"][0, 0] = float("inf")
+    before, _ = learner.state()
+    assert learner.rl_step(dapo_update(groups(4, seed=2)))["skipped_updates"] == 2
+    after, info = learner.state()
+    assert_equal(before, after)
+    assert info["skipped_in_row"] == 2 and info["step"] == 2
+
+    again = Learner(CONFIG, SFT, replace(RL, max_skipped=3), seed=9)
+    again.load_state(copied(after), info)
+    with pytest.raises(FloatingPointError, match=r"4 updates in a row had no finite gradient, the last at step 3 with"):
+        again.rl_step(dapo_update(groups(4, seed=3)))
+
+    learner.weights()["lm_head.weight"][0, 0] = sound
+    assert learner.rl_step(dapo_update(groups(4, seed=3)))["skipped_updates"] == 0
+    assert learner.state()[1]["skipped_in_row"] == 0
+
+
+def test_a_sample_that_is_longer_than_the_positions_is_refused_by_name() -> None:
+    learner = Learner(replace(CONFIG, max_positions=14), SFT, RL, seed=0)
+    batch = groups(4)
     arrays, info = learner.state()
-    with pytest.raises(FloatingPointError):
-        learner.rl_step(batch)
-    after, info_after = learner.state()
-    assert_equal(arrays, after)
-    assert info == info_after
-    if where != "weight":
-        learner.rl_step(groups(4, seed=2))
+    longest = {(g.prompt.ordinal, t.member): 3 + t.num_tokens for g in batch for t in g.trajectories}
+    (ordinal, member), num_tokens = next((key, n) for key, n in longest.items() if n > 14)
+    with pytest.raises(
+        ValueError, match=rf"prompt {ordinal}, member {member} has {num_tokens} tokens .* model has 14 pos"
+    ):
+        learner.rl_step(dapo_update(batch))
+    assert_equal(arrays, learner.state()[0])
+    assert learner.state()[1] == info
 
 
 def test_responses_without_a_verdict_take_no_part() -> None:
@@ -255,19 +281,12 @@ def test_responses_without_a_verdict_take_no_part() -> None:
     for group in batch:
         group.trajectories[4].verdict = Verdict(correct=False, error="sandbox died")
         group.trajectories[4].reward = 7.0
-    metrics = whole.rl_step(batch)
+    metrics = whole.rl_step(dapo_update(batch))
     for group in batch:
         del group.trajectories[4]
-    less.rl_step(batch)
+    less.rl_step(dapo_update(batch))
     assert_equal(whole.weights(), less.weights())
     assert metrics["responses"] == 16
-
-
-def test_a_group_of_equal_rewards_moves_nothing() -> None:
-    learner = Learner(CONFIG, SFT, RL, seed=0)
-    before = copied(learner.weights())
-    assert learner.rl_step(groups(4, reward=1.0))["grad_norm"] == 0
-    assert_equal(before, learner.weights())
 
 
 def test_the_balancing_loss_evens_the_experts() -> None:
@@ -281,7 +300,7 @@ def test_metrics_are_those_that_a_run_writes() -> None:
     learner = Learner(CONFIG, SFT, RL, seed=0)
     sft = learner.sft_step(examples(8))
     batch = groups(4)
-    rl = learner.rl_step(batch)
+    rl = learner.rl_step(dapo_update(batch))
     assert sft.keys() | rl.keys() <= METRICS.keys()
     assert all(np.isfinite(value) for value in (sft | rl).values())
     lengths = [t.num_tokens for group in batch for t in group.trajectories]
@@ -294,6 +313,6 @@ def test_metrics_are_those_that_a_run_writes() -> None:
 
 def test_contradictory_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="mini_batches must be at most groups_per_step"):
-        RlSettings(mini_batches=17)
+        RlSettings(groups_per_step=16, mini_batches=17)
     with pytest.raises(ValueError, match=r"dual_clip must be 0 or above 1 \+ clip_high \(1\.28\), got 1\.2; try 10"):
-        RlSettings(dual_clip=1.2)
+        Dapo(dual_clip=1.2)

@@ -35,19 +35,33 @@ WAIT_S = 60.0
 """No event of a tiny job takes as long, even where tests of other projects load the machine."""
 
 
+PUZZLES = CLUSTER.parent / "bin" / "clusters" / "puzzles.toml"
+
+PUZZLE_SETTINGS: dict[str, object] = {
+    # 60 k parameters on grids of 3x3 and on sums of three numbers: after the warm-up some answers are right.
+    "model.hidden_size": 64, "model.num_layers": 1, "model.num_heads": 2, "model.num_kv_heads": 1, "model.head_dim": 32,
+    "model.moe_intermediate_size": 64, "model.num_experts": 4,
+    "task.puzzles": "{kakurasu=1.0, countdown=1.0}", "task.patience": 8,
+    "sft.steps": 120, "sft.batch": 32, "sft.report_every": 40, "sft.checkpoint_every": 80, "sft.warmup_steps": 5,
+    "rl.steps": 10, "rl.groups_per_step": 4, "rl.group_size": 4, "rl.max_new_tokens": 32, "rl.max_running": 12,
+    "rl.checkpoint_every": 4, "evaluation.num_problems": 16, "actors.rollout.num_slots": 32,
+}  # fmt: skip
+
+
 class Launch:
     """One process of `bin/launch`, and what it writes."""
 
     def __init__(self, tmp: Path, settings: Mapping[str, object], *arguments: str, cluster: Path = CLUSTER) -> None:
+        usual = PUZZLE_SETTINGS if cluster == PUZZLES else SETTINGS
         self.run = tmp / "runs" / "tiny"
         self.scratch = tmp / "t"
         self.scratch.mkdir(exist_ok=True)
-        values = {"run.directory": str(tmp / "runs"), "run.name": "tiny", **SETTINGS, **settings}
+        values = {"run.directory": str(tmp / "runs"), "run.name": "tiny", **usual, **settings}
         sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "headrace", "launch", str(cluster), "--plain", *sets, *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, "TMPDIR": str(self.scratch), "PYTHONPATH": str(Path(__file__).parent)},
+            env={**os.environ, "TMPDIR": str(self.scratch), "PYTHONPATH": f"{Path(__file__).parent}:{tmp}"},
         )  # fmt: skip
         self.begun = time.time()
         self.output = self.errors = ""

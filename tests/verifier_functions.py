@@ -82,3 +82,14 @@ async def later(question: str, reference: str, response: str) -> bool:
 
 
 NUMBER = 5
+
+
+def hang(question: str, reference: str, response: str) -> bool:
+    """Judges until there is a file HEADRACE_TEST_HANG; then it says so, never answers, and takes no hint."""
+    flag = os.environ["HEADRACE_TEST_HANG"]
+    if os.path.exists(flag):
+        open(f"{flag}.reached", "w").close()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGPROF])
+        while True:
+            time.sleep(3600)
+    return judge(question, reference, response)

@@ -3,10 +3,10 @@
 A group whose answers are all right or all wrong has no advantage and is filtered (dynamic sampling), so sizes are
 drawn by how often their groups are mixed of late:
 
-    weight(size) = prior(size) ** EXPONENT * (share of mixed groups + FLOOR)
+    weight(size) = prior(size) ** exponent * (share of mixed groups + FLOOR)
 
-The exponent flattens the prior, the floor keeps asking for sizes that are too easy or too hard today. The state is a
-plain dict for the checkpoint, and prompt `ordinal` is drawn with its own random number: the same state gives the
+An exponent below 1 flattens the prior, the floor keeps asking for sizes that are too easy or too hard today. The state
+is a plain dict for the checkpoint, and prompt `ordinal` is drawn with its own random number: the same state gives the
 same size. Knows nothing of what a size means.
 """
 
@@ -29,9 +29,9 @@ UNSEEN = 0.5
 class Adaptation:
     """Draws difficulty classes. `sizes` int [S], `prior` float [S] sums to one."""
 
-    def __init__(self, *, sizes: np.ndarray, prior: np.ndarray, seed: int) -> None:
+    def __init__(self, *, sizes: np.ndarray, prior: np.ndarray, seed: int, exponent: float = EXPONENT) -> None:
         self._sizes = [int(size) for size in sizes]
-        self._flat_prior = np.asarray(prior, np.float64) ** EXPONENT
+        self._flat_prior = np.asarray(prior, np.float64) ** exponent
         self._seed = seed
         self._mixed = np.full(len(self._sizes), UNSEEN)
         self._num_groups = np.zeros(len(self._sizes), np.int64)

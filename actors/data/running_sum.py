@@ -12,17 +12,20 @@ not only a distribution to sharpen. Knows nothing of models, rewards or actors.
 
 from __future__ import annotations
 
-import re
 import string
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
 
 from ...runtime.codec import wire
 from ..philox import Stream, uniforms
-from ..types import Prompt
+from ..types import Group, Prompt
+from .adaptation import Adaptation
+from .task import Demonstration
+from .vocabulary import EOS_ID as EOS_ID
+from .vocabulary import Vocabulary
 
 MIN_OPERANDS = 2
 MAX_TOTAL = 99
@@ -38,19 +41,12 @@ VOCABULARY = (
 )
 """Text of each token id. A signed operand is one token: split in two, late positions suffer copying errors."""
 
-EOS_ID = 0
+DATASET = "running_sum"
+
+_WORDS = Vocabulary("running-sum", VOCABULARY)
 _ID = {text: token for token, text in enumerate(VOCABULARY)}
-_TOKEN = re.compile("|".join(re.escape(text) for text in sorted(VOCABULARY, key=len, reverse=True)))
 
-
-@wire
-@dataclass(kw_only=True, slots=True)
-class Demonstration:
-    """A prompt and the response that the biased demonstrator wrote for it."""
-
-    prompt: Prompt
-    response: np.ndarray
-    """int32 [n], ends with the end-of-sequence token"""
+encode, decode = _WORDS.encode, _WORDS.decode
 
 
 @wire
@@ -58,6 +54,7 @@ class Demonstration:
 class RunningSum:
     """Table `[task]`: what problems look like, and how their demonstrator errs."""
 
+    kind: Literal["running_sum"] = "running_sum"
     max_operands: Annotated[int, Ge(2), Le(26)] = 14
     """Longest problem; each operand has a letter as its label."""
     length_decay: Annotated[float, Gt(0), Lt(1)] = 0.16
@@ -127,6 +124,21 @@ class RunningSum:
             examples.append(Demonstration(prompt=prompt, response=response))
         return examples
 
+    def questions(self, seed: int) -> SizeQuestions:
+        """Problems of the sizes that still teach something."""
+        return SizeQuestions(self, seed)
+
+    def largest_size(self, step: int, num_steps: int) -> int:
+        """See `curriculum`."""
+        return curriculum(step, num_steps, self.max_operands)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Text of `tokens` (int [n])."""
+        return decode(tokens)
+
+    def check(self, max_new_tokens: int) -> None:
+        """Nothing can be wrong: prompts have a bound, and a budget below the longest answer is a choice."""
+
     def solve(self, prompt: Prompt) -> np.ndarray:
         """The faultless response, int32 [n]."""
         operands = operands_of(prompt)
@@ -146,7 +158,7 @@ class RunningSum:
             total += -operand if minus else operand
             text += [string.ascii_lowercase[i], f"{'-' if minus else '+'}{operand}"]
         tokens = np.array([_ID[t] for t in (*text, "=")], np.int32)
-        return Prompt(ordinal=ordinal, tokens=tokens, answer=_digits(total), size=size)
+        return Prompt(ordinal=ordinal, tokens=tokens, answer=_digits(total), size=size, dataset=DATASET)
 
     def _biased_totals(self, operands: list[int], u: list[float]) -> list[int]:
         total, totals = 0, []
@@ -169,6 +181,31 @@ class RunningSum:
         return np.array(ids, np.int32)
 
 
+class SizeQuestions:
+    """Draws problems by adaptation.py; see task.Questions."""
+
+    def __init__(self, task: RunningSum, seed: int) -> None:
+        self._task, self._seed = task, seed
+        self._adaptation = Adaptation(sizes=task.sizes, prior=task.size_prior, seed=seed)
+
+    def prompt(self, ordinal: int) -> Prompt:
+        size = self._adaptation.choose(ordinal)
+        (prompt,) = self._task.prompts(self._seed, np.array([ordinal]), np.array([size]))
+        return prompt
+
+    def observe(self, group: Group, *, mixed: bool) -> None:
+        self._adaptation.observe(group.prompt.size, mixed=mixed)
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        return self._adaptation.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._adaptation.load_state(state)
+
+
 def curriculum(step: int, num_steps: int, max_operands: int) -> int:
     """Longest problem at SFT step `step` of `num_steps`: from 4 up to `max_operands` over the first half."""
     progress = min(1.0, 2 * step / max(1, num_steps))
@@ -178,26 +215,6 @@ def curriculum(step: int, num_steps: int, max_operands: int) -> int:
 def operands_of(prompt: Prompt) -> list[int]:
     """Signed operands of a problem."""
     return [int(VOCABULARY[token]) for token in prompt.tokens[1:-1:2]]
-
-
-def encode(text: str) -> np.ndarray:
-    """Token ids, int32 [n]. Raises ValueError for text that the vocabulary can't spell."""
-    ids, at = [], 0
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise ValueError(f"the running-sum vocabulary has no token for {text[at]!r} at character {at}")
-        ids.append(_ID[match.group()])
-        at = match.end()
-    return np.array(ids, np.int32)
-
-
-def decode(tokens: np.ndarray) -> str:
-    """Text of `tokens` (int [n]), without a last end-of-sequence token; an id outside the vocabulary reads `<id>`."""
-    ids = np.asarray(tokens).tolist()
-    if ids and ids[-1] == EOS_ID:
-        ids.pop()
-    return "".join(VOCABULARY[i] if 0 <= i < len(VOCABULARY) else f"<{i}>" for i in ids)
 
 
 def _digits(total: int) -> str:

@@ -11,8 +11,7 @@ from functools import partial
 import numpy as np
 
 from ...runtime import Actor, message, wire
-from ..data import running_sum
-from ..data.running_sum import RunningSum
+from ..data.task import Task
 from ..patience import patiently
 from ..rollout.answers import finish_answers
 from ..trainer.settings import RlSettings
@@ -55,6 +54,8 @@ class Evaluation:
     """Mean length of the answers at temperature 1."""
     by_size: dict[int, tuple[int, float, float]] = field(default_factory=dict)
     """Problem size -> (problems, pass@1, greedy)."""
+    by_dataset: dict[str, tuple[int, float, float]] = field(default_factory=dict)
+    """The same by data set: name of the puzzle."""
     samples: list[Sample] = field(default_factory=list)
     """Greedy answers to problems of all sizes, easy ones first; CANDIDATES for each that will be shown."""
 
@@ -63,9 +64,12 @@ class Evaluation:
 class Evaluator(Actor):
     """Asks `rollout` for answers to the fixed problems and `verifier` for verdicts."""
 
-    task: RunningSum
+    task: Task
     evaluation: EvaluationSettings
     rl: RlSettings
+
+    def __post_init__(self) -> None:
+        self._prompts: list[Prompt] = []
 
     @message(deadline_s=600.0)
     async def evaluate(self) -> Evaluation:
@@ -73,7 +77,7 @@ class Evaluator(Actor):
 
         Raises RuntimeError if the verifier could not judge an answer: a score over fewer problems is another score.
         """
-        prompts = self.task.evaluation_set(self.evaluation.seed, self.evaluation.num_problems)
+        prompts = await self._problems()
         batches = [prompts[i : i + PROBLEMS_PER_STREAM] for i in range(0, len(prompts), PROBLEMS_PER_STREAM)]
         async with asyncio.TaskGroup() as tasks:
             sampled = [tasks.create_task(self._answer(batch, self.evaluation.samples, 1.0)) for batch in batches]
@@ -86,22 +90,28 @@ class Evaluator(Actor):
         pass_at_1 = np.array([_accuracy(group) for group in sampled_groups])
         greedy_correct = np.array([_accuracy(group) for group in greedy_groups])
         sizes = np.array([prompt.size for prompt in prompts])
+        datasets = np.array([prompt.dataset for prompt in prompts])
+
+        def scores(those: np.ndarray) -> tuple[int, float, float]:
+            return int(those.sum()), float(pass_at_1[those].mean()), float(greedy_correct[those].mean())
+
         return Evaluation(
             version=max(group.newest_version for group in sampled_groups),
             n=len(prompts),
             pass_at_1=float(pass_at_1.mean()),
             greedy=float(greedy_correct.mean()),
             mean_tokens=float(np.mean([t.num_tokens for group in sampled_groups for t in group.trajectories])),
-            by_size={
-                int(size): (
-                    int((sizes == size).sum()),
-                    float(pass_at_1[sizes == size].mean()),
-                    float(greedy_correct[sizes == size].mean()),
-                )
-                for size in np.unique(sizes)
-            },
+            by_size={int(size): scores(sizes == size) for size in np.unique(sizes)},
+            by_dataset={str(name): scores(datasets == name) for name in np.unique(datasets)},
             samples=self._samples(greedy_groups),
         )
+
+    async def _problems(self) -> list[Prompt]:
+        """The set, made on the actor's thread: that of puzzles takes a second."""
+        if not self._prompts:
+            settings = self.evaluation
+            self._prompts = await self.in_thread(self.task.evaluation_set, settings.seed, settings.num_problems)
+        return self._prompts
 
     async def _answer(self, prompts: list[Prompt], samples: int, temperature: float) -> list[Group]:
         """Answers to `prompts` with their verdicts."""
@@ -124,9 +134,9 @@ class Evaluator(Actor):
             Sample(
                 ordinal=group.prompt.ordinal,
                 size=group.prompt.size,
-                prompt=running_sum.decode(group.prompt.tokens),
-                solution=running_sum.decode(self.task.solve(group.prompt)),
-                response=running_sum.decode(group.trajectories[0].tokens()),
+                prompt=self.task.decode(group.prompt.tokens),
+                solution=self.task.decode(self.task.solve(group.prompt)),
+                response=self.task.decode(group.trajectories[0].tokens()),
                 correct=_accuracy(group) == 1.0,
             )
             for group in chosen

@@ -31,18 +31,21 @@ class Output(NamedTuple):
 
 
 class Qwen3Moe(nn.Module):
-    """The model. Its parameters are drawn from `seed` and nothing else; norms begin at one."""
+    """The model. Its parameters are drawn from `seed` and nothing else; norms begin at one.
+
+    With `num_outputs` the last layer has so many rows in the place of the vocabulary's, and is never the embedding.
+    """
 
     rotations: Tensor
 
-    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, *, seed: int = 0, num_outputs: int | None = None) -> None:
         super().__init__()
         self.config = config
         with torch.device("meta"):
             self.model = _Decoder(config)
-            self.lm_head = _linear(config.hidden_size, config.vocab_size)
+            self.lm_head = _linear(config.hidden_size, num_outputs or config.vocab_size)
         self.to_empty(device="cpu")
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings and num_outputs is None:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.register_buffer("rotations", rotations(config), persistent=False)
         random = torch.Generator().manual_seed(seed)
@@ -69,7 +72,7 @@ class Qwen3Moe(nn.Module):
         return Output(hidden, torch.stack(aux_losses).mean(), torch.stack(loads))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, d] -> [N, vocab_size]."""
+        """[N, d] -> [N, vocab_size or num_outputs]."""
         return F.linear(hidden, self.lm_head.weight)
 
 

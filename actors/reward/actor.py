@@ -23,7 +23,7 @@ class Reward(Actor):
     """
 
     rl: RlSettings
-    overlong_cache: Annotated[int, Ge(0)] = 8
+    overlong_cache: Annotated[int, Ge(0)] = 4096
     """Last tokens of the budget over which the punishment grows to -1; 0 switches it off."""
 
     def __post_init__(self) -> None:

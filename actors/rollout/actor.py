@@ -20,7 +20,7 @@ from annotated_types import Ge
 from ...runtime import Actor, Lane, message
 from ...runtime.exchange import Manifest, Receiver
 from ...runtime.rundir import RunSpec
-from ..data.running_sum import RunningSum
+from ..data.task import Task
 from ..model.config import ModelConfig
 from ..trainer.settings import RlSettings
 from .requests import Chunk, Request
@@ -48,7 +48,7 @@ class Rollout(Actor):
 
     run: RunSpec
     model: ModelConfig
-    task: RunningSum
+    task: Task
     rl: RlSettings
     num_slots: Annotated[int, Ge(1)] = 128
     """Responses that are generated at once."""

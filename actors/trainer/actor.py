@@ -1,42 +1,48 @@
-"""Trains the policy: imitation first, then DAPO on the batches it is given; publishes and keeps its weights.
+"""Trains the policy: imitation first, then RL by the updates it is given; publishes and keeps its weights.
 
     start: newest checkpoint, or random weights
     warm_up(until) / step(n, groups)  -->  metrics        publish(version)  -->  Manifest of shared memory
     checkpoint(...)  -->  a folder that appears whole or not at all        rewind(): as a restart
 
-A deterministic state machine: the same checkpoint and the same batches give the same weights, bit for bit on a CPU.
-Knows nothing of rollout, rewards or the pool.
+Several ranks are replicas that share each update (ranks.py): all are shown the same, the first one speaks for all.
+
+A deterministic state machine: the same checkpoint and the same updates give the same weights, bit for bit on a CPU.
+Knows nothing of rollout, rewards, algorithms or the pool.
 """
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from annotated_types import Ge
 
-from ...runtime import Actor, message
+from ...runtime import message
+from ...runtime.dispatch import ONE_TO_ALL, RANK_ZERO, SPMD, dispatch
 from ...runtime.exchange import Manifest, Publisher
 from ...runtime.rundir import RunSpec
-from ..data.running_sum import RunningSum, curriculum
+from ...runtime.worker import Worker
+from ..algorithms.updates import PolicyUpdate
+from ..data.task import Task
 from ..model.config import ModelConfig
 from ..run_state import latest_checkpoint
-from ..types import Group
 from . import checkpoint as checkpoints
 from .settings import RlSettings, SftSettings
 
 if TYPE_CHECKING:
     from .learner import Learner
+    from .ranks import Ranks
 
 
 @dataclass(kw_only=True)
-class Trainer(Actor):
-    """One trainer process. Its torch runs on the actor's own thread, so the node answers while a step computes."""
+class Trainer(Worker):
+    """One rank of the trainer, or all of it. Its torch runs on the actor's own thread, so its node answers."""
 
     run: RunSpec
     model: ModelConfig
-    task: RunningSum
+    task: Task
     sft: SftSettings
     rl: RlSettings
     keep_checkpoints: Annotated[int, Ge(1)] = 2
@@ -45,62 +51,93 @@ class Trainer(Actor):
     async def start(self) -> None:
         """Loads the newest checkpoint. Raises ValueError or FileNotFoundError, saying what to do, if it is damaged."""
         self._publisher = Publisher("policy")
+        self._ranks: Ranks | None = None
         self._kept: tuple[str, int] = "sft", 0
         self._learner: Learner = await self.in_thread(self._open)
 
     async def stop(self, reason: BaseException | None) -> None:
         self._publisher.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
+    @dispatch(RANK_ZERO)
     @message(deadline_s=600.0)
     async def position(self) -> int:
         """RL steps that these weights have seen."""
         return self._learner.step if self._learner.stage == "rl" else 0
 
+    @dispatch(RANK_ZERO)
+    @message(deadline_s=600.0)
+    async def expert_load(self) -> tuple[int, np.ndarray]:
+        """RL steps done, and the (token, choice) pairs of each expert in the last one, int64 [layers, E]."""
+        return await self.position(), self._learner.expert_load
+
+    @dispatch(SPMD)
     @message(thread=True, deadline_s=600.0)
     def rewind(self) -> None:
         """Goes back to the newest checkpoint, as a restart does: for a controller that starts anew from there."""
         if (self._learner.stage, self._learner.step) != self._kept:
             self._learner = self._open()
 
-    @message(thread=True, deadline_s=600.0)
-    def warm_up(self, until: int) -> dict[str, float]:
+    @dispatch(SPMD)
+    @message(deadline_s=600.0)
+    async def warm_up(self, until: int) -> dict[str, float]:
         """Goes on with the warm-up until it has done `until` steps; returns the metrics of the last of them, none if it
         had done as many, or RL has begun.
 
         Example number k of the run is always the same, so that a restart repeats and skips none.
         """
+        metrics: dict[str, float] = await self.together(self._warm_up, until)
+        return metrics
+
+    def _warm_up(self, until: int) -> dict[str, float]:
         learner, settings = self._learner, self.sft
         metrics: dict[str, float] = {}
         while learner.stage == "sft" and learner.step < until:
-            size = curriculum(learner.step, settings.steps, self.task.max_operands)
+            size = self.task.largest_size(learner.step, settings.steps)
             ordinals = np.arange(learner.step * settings.batch, (learner.step + 1) * settings.batch)
             examples = self.task.demonstrations(self.run.seed, ordinals, size)
             metrics = learner.sft_step([(e.prompt.tokens, e.response) for e in examples]) | {"max_size": size}
         return metrics
 
-    @message(thread=True, deadline_s=600.0)
-    def step(self, number: int, groups: list[Group]) -> dict[str, float]:
-        """RL step `number`, the next one. Raises ValueError if it is not, and FloatingPointError if the loss or its
-        gradient is not finite."""
+    @dispatch(ONE_TO_ALL)
+    @message(thread=True, deadline_s=60.0)
+    def digest(self) -> int:
+        """A checksum of the weights: the same on all ranks."""
+        checksum = 0
+        for array in self._learner.weights().values():
+            checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+        return checksum
+
+    @dispatch(SPMD)
+    @message(deadline_s=600.0)
+    async def step(self, number: int, update: PolicyUpdate) -> dict[str, float]:
+        """RL step `number`, the next one. Raises ValueError if it is not, or a sample is too long, and
+        FloatingPointError after too many updates without a finite gradient."""
         held = self._learner.step if self._learner.stage == "rl" else 0
         if number != held + 1:
             raise ValueError(f"RL step {number} can't follow {held}; show the trainer the batches in between")
-        return self._learner.rl_step(groups)
+        self._kept = "", 0  # A step that fails may have updated some mini-batches.
+        metrics: dict[str, float] = await self.together(self._learner.rl_step, update)
+        return metrics
 
+    @dispatch(RANK_ZERO)
     @message(thread=True, deadline_s=60.0)
     def publish(self, version: int) -> Manifest:
         """Lays the weights out in shared memory as `version`. Raises BadWeights if they are not finite."""
         return self._publisher.publish(version, self._learner.weights())
 
+    @dispatch(RANK_ZERO)
     @message(thread=True, deadline_s=120.0)
-    def checkpoint(self, name: str, files: dict[str, bytes]) -> str:
-        """Writes weights, optimizer and the controller's `files` as one checkpoint; returns the name that it got.
+    def checkpoint(self, name: str, files: dict[str, bytes], parts: dict[str, str]) -> str:
+        """Writes weights, optimizer, the controller's `files` and the `parts` of others as one checkpoint; returns the
+        name that it got.
 
         Raises OSError if the disk is full; the previous checkpoint stays the latest.
         """
         arrays, info = self._learner.state()
         folder = checkpoints.write(
-            self.run.path / "checkpoints", name, self.model, arrays, info, files, keep=self.keep_checkpoints
+            self.run.path / "checkpoints", name, self.model, arrays, info, files, parts, keep=self.keep_checkpoints
         )
         self._kept = self._learner.stage, self._learner.step
         return folder.name
@@ -109,9 +146,11 @@ class Trainer(Actor):
         import torch
 
         from .learner import Learner
+        from .ranks import join_ranks
 
         torch.set_num_threads(1)
-        learner = Learner(self.model, self.sft, self.rl, seed=self.run.seed)
+        self._ranks = self._ranks or join_ranks(self, self.run.path, self.model)
+        learner = Learner(self.model, self.sft, self.rl, seed=self.run.seed, ranks=self._ranks)
         folder = latest_checkpoint(self.run.path)
         if folder is not None:
             config, arrays, info = checkpoints.read(folder)

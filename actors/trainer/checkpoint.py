@@ -1,9 +1,10 @@
 """Checkpoint folders: a Hugging Face model folder, the optimizer, and the run's state, all of one moment.
 
     checkpoints/rl-000120.new/  -- written, synced -->  rl-000120/  -- named by -->  LATEST  -- older ones deleted
+                rl-000120-critic.new/  -- linked into it -->  critic/
 
-A folder appears whole or not at all, and is never replaced: a death at any moment leaves the previous one valid. Knows
-nothing of torch.
+A folder appears whole or not at all, and is never replaced: a death at any moment leaves the previous one valid. What
+another process has to keep of that moment it writes as a part, beside the draft, before. Knows nothing of torch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from ..model import checkpoint as model_folder
 from ..model.config import ModelConfig
 from ..run_state import LATEST
 
-OPTIMIZER, INFO = "optimizer.safetensors", "trainer.json"
+OPTIMIZER, INFO, ARRAYS = "optimizer.safetensors", "trainer.json", "state.safetensors"
 _DRAFT = ".new"
 _WEIGHTS, _OPTIMIZER = "weights/", "optimizer/"
 
@@ -37,13 +39,14 @@ def write(
     arrays: Mapping[str, np.ndarray],
     info: Mapping[str, Any],
     files: Mapping[str, bytes],
+    parts: Mapping[str, str] = MappingProxyType({}),
     *,
     keep: int,
 ) -> Path:
     """Writes `arrays` and `info` (Learner.state) and further `files` as checkpoint `name`; returns its folder.
 
-    The folder is called `name`.2 (.3, ...) if there is a `name`: LATEST may point to that one. Raises OSError (disk
-    full) with the previous checkpoint still the latest.
+    `parts`: sub-folder -> what `write_part` wrote before. The folder is called `name`.2 (.3, ...) if there is a `name`:
+    LATEST may point to that one. Raises OSError (disk full) with the previous checkpoint still the latest.
     """
     folder, draft = _free(checkpoints / name), checkpoints / f"{name}{_DRAFT}"
     shutil.rmtree(draft, ignore_errors=True)
@@ -54,6 +57,10 @@ def write(
         (draft / INFO).write_text(json.dumps(dict(info)))
         for file, content in files.items():
             (draft / file).write_bytes(content)
+        for part, source in parts.items():
+            (draft / part).mkdir()
+            for path in (checkpoints / source).iterdir():
+                os.link(path, draft / part / path.name)
         for path in (*draft.iterdir(), draft):
             _sync(path)
         draft.rename(folder)
@@ -78,6 +85,43 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str, An
         ) from None
     arrays = {_WEIGHTS + name: array for name, array in weights.items()}
     return config, arrays | {_OPTIMIZER + name: array for name, array in optimizer.items()}, info
+
+
+def write_part(checkpoints: Path, name: str, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> Path:
+    """Writes `arrays` and `info` (ValueLearner.state) as a draft that `write` takes in and then deletes.
+
+    Raises OSError if it can't be written.
+    """
+    draft = checkpoints / f"{name}{_DRAFT}"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        save_file(dict(arrays), draft / ARRAYS)
+        (draft / INFO).write_text(json.dumps(dict(info)))
+        for path in (*draft.iterdir(), draft):
+            _sync(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise OSError(
+            f"a part of the checkpoint, {draft}, can't be written: {error}; the one before is kept"
+        ) from error
+    return draft
+
+
+def read_part(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and info of a part. Raises ValueError if it is missing or unreadable."""
+    try:
+        return load_file(folder / ARRAYS), json.loads((folder / INFO).read_text())
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"checkpoint part {folder} can't be read: {error}; write the name of an older checkpoint into "
+            f"{folder.parent.parent / LATEST}"
+        ) from None
+
+
+def read_policy(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """Config and weights of a checkpoint's policy. Raises ValueError if it is missing or unreadable."""
+    return model_folder.load(folder)
 
 
 def _free(folder: Path) -> Path:

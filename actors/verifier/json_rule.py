@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
-from referencing import Registry
+from referencing import Registry, Resource
 from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from ..types import Verdict
 from .case import BadReference, Case
@@ -49,11 +50,23 @@ def _schema(text: str) -> Draft202012Validator:
     try:
         schema = json.loads(text)
         Draft202012Validator.check_schema(schema)
+        resource = DRAFT202012.create_resource(schema)
+        _resolve(resource, Registry().with_resource("", resource).resolver())
         return Draft202012Validator(schema, registry=Registry())
     except (ValueError, RecursionError) as error:
         raise BadReference(f"the reference is no JSON: {error}") from None
     except SchemaError as error:
         raise BadReference(f"the reference is no JSON Schema: {error.message}") from None
+    except Unresolvable as error:
+        raise BadReference(f"the schema refers to what is not in it: {error}") from None
+
+
+def _resolve(resource: Resource[Any], resolver: Any) -> None:
+    """Looks up all that the schema refers to: most documents would never lead there."""
+    if isinstance(resource.contents, dict) and isinstance(target := resource.contents.get("$ref"), str):
+        resolver.lookup(target)
+    for part in resource.subresources():
+        _resolve(part, resolver.in_subresource(part))
 
 
 def _document(response: str, *, fenced: bool) -> str:

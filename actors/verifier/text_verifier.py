@@ -7,25 +7,25 @@ rule = "math"                                     or: function = "my.module:judg
 [actors.verifier.policy]                          the rule's settings: policies.py
 units = "compare"
 
-[actors.verifier.policies.gsm8k]                  those of the cases of one data set
+[actors.verifier.policies.gsm8k]                  those of the cases of one data set, as their prompts name it
 percent = "ignore"
 """
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from annotated_types import Ge
 
 from ...runtime import Actor, message
-from ..data import running_sum
-from ..types import Group, Trajectory, Verdict
+from ..data import RunningSum, Task
+from ..types import Group, Verdict
 from .case import Case
 from .court import Care, Court
 from .function import check_options, load_function
-from .judging import ByWorkers, InProcess, failed
+from .hearing import hear, together
+from .judging import ByWorkers, InProcess
 from .policies import build_policy
 from .registry import rule as find_rule
 from .workers import Limits
@@ -35,6 +35,8 @@ from .workers import Limits
 class TextVerifier(Actor):
     """Judges the text of responses. Hostile text, a crash and a hang cost one worker process, never the actor."""
 
+    task: Task = field(default_factory=RunningSum)
+    """Decodes prompts and responses."""
     rule: str = ""
     """exact, multiple_choice, regex, json_schema or math."""
     function: str = ""
@@ -83,42 +85,18 @@ class TextVerifier(Actor):
 
     @message(concurrent=True, deadline_s=600.0)
     async def judge(self, group: Group) -> list[Verdict]:
-        """One verdict for each trajectory of the group, in their order.
-
-        A response that ran out of tokens is wrong. One that has not ended is not judged: its verdict is an error.
-        """
-        question = running_sum.decode(group.prompt.tokens)
-        return await _together([self._judge_one(group, question, trajectory) for trajectory in group.trajectories])
+        """One verdict for each trajectory of the group, in their order; see hearing.py for those that did not end."""
+        return await hear(group, self.task, self.court)
 
     @message(concurrent=True, deadline_s=600.0)
     async def judge_cases(self, cases: list[Case]) -> list[Verdict]:
         """One verdict for each case, in their order."""
-        return await _together([self.court.verdict(case) for case in cases])
+        return await together([self.court.verdict(case) for case in cases])
 
     @message(concurrent=True)
     async def stats(self) -> dict[str, float]:
-        """Counts of verdicts and errors by kind, cache hits, retries, latency quantiles in seconds."""
+        """See VerdictMetrics.snapshot."""
         return self.court.metrics.snapshot()
-
-    async def _judge_one(self, group: Group, question: str, trajectory: Trajectory) -> Verdict:
-        case = Case(
-            reference=group.prompt.answer,
-            response=running_sum.decode(trajectory.tokens()),
-            question=question,
-            row=f"prompt {group.prompt.ordinal}",
-        )
-        if not trajectory.finish:
-            return failed(case, "unfinished response", "unfinished")
-        if trajectory.finish == "length":
-            return Verdict(correct=False, note="ran out of tokens")
-        return await self.court.verdict(case)
 
     def _policies(self) -> dict[str, dict[str, Any]]:
         return {"": self.policy} | {name: {**self.policy, **values} for name, values in self.policies.items()}
-
-
-async def _together(verdicts: list[Any]) -> list[Verdict]:
-    """All of them; if one raises, or the caller gives up, none is left running."""
-    async with asyncio.TaskGroup() as tasks:
-        pending = [tasks.create_task(verdict) for verdict in verdicts]
-    return [task.result() for task in pending]

@@ -11,6 +11,19 @@ experts without rows included. Knows nothing of models.
 
 from __future__ import annotations
 
+from .bucket import checksum as checksum
+from .bucket import pack_weights as pack_weights
+from .bucket import plan_bucket as plan_bucket
+from .bucket import unpack_weights as unpack_weights
+from .capacity import Redirect as Redirect
+from .capacity import capacity_redirect as capacity_redirect
+from .gemv import moe_gemv as moe_gemv
+from .precision import amax_scales as amax_scales
+from .precision import fp8_dequant as fp8_dequant
+from .precision import fp8_quant as fp8_quant
+from .precision import range_search as range_search
+from .replicas import replica_dispatch as replica_dispatch
+from .replicas import replica_split as replica_split
 from .routing import Gate as Gate
 from .routing import Rows as Rows
 from .routing import align as align

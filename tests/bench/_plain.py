@@ -23,7 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from headrace.actors.data.adaptation import Adaptation
+from headrace.actors.algorithms import Batch, Objective
+from headrace.actors.algorithms.advantages import standard_scores
+from headrace.actors.algorithms.groups import has_signal
 from headrace.actors.job import Job, load_job
 from headrace.actors.model import checkpoint
 from headrace.actors.model.decode import Decoder, KvCache
@@ -31,11 +33,10 @@ from headrace.actors.model.qwen3_moe import Qwen3Moe
 from headrace.actors.rollout.engine import Engine
 from headrace.actors.rollout.requests import Request
 from headrace.actors.run_state import latest_checkpoint, load_state
-from headrace.actors.trainer.batch import MicroBatch, collate, sampled
-from headrace.actors.trainer.groups import has_signal
+from headrace.actors.trainer.batch import MicroBatch, collate, rated
 from headrace.actors.trainer.optim import BETAS
 from headrace.actors.trainer.packing import pack
-from headrace.actors.types import Group, Trajectory
+from headrace.actors.types import Group, Prompt, Trajectory
 from headrace.actors.verifier.rules import judge_running_sum
 
 NUM_BATCHES = 4
@@ -67,24 +68,22 @@ def open_work(run: Path) -> Work:
     _, weights = checkpoint.load(folder)
     work = Work(job, weights, [])
     state, _ = load_state(run)
-    adaptation = Adaptation(sizes=job.task.sizes, prior=job.task.size_prior, seed=job.run.seed)
+    questions = job.task.questions(job.run.seed)
     if state.adaptation:
-        adaptation.load_state(state.adaptation)
+        questions.load_state(state.adaptation)
     wanted = NUM_BATCHES * job.rl.groups_per_step
     for first in range(state.next_ordinal, state.next_ordinal + MAX_ROUNDS * wanted, wanted):
-        ordinals = np.arange(first, first + wanted)
-        work.groups += _sample(job, weights, ordinals, np.array([adaptation.choose(int(o)) for o in ordinals]))
+        work.groups += _sample(job, weights, [questions.prompt(o) for o in range(first, first + wanted)])
         if sum(map(has_signal, work.groups)) >= wanted:
             break
     return work
 
 
-def _sample(job: Job, weights: dict[str, np.ndarray], ordinals: np.ndarray, sizes: np.ndarray) -> list[Group]:
+def _sample(job: Job, weights: dict[str, np.ndarray], prompts: list[Prompt]) -> list[Group]:
     engine = Engine(
         job.model, weights, version=1, num_slots=128, max_prompt_tokens=job.task.max_prompt_tokens,
         max_new_tokens=job.rl.max_new_tokens, eos_id=job.task.eos_id, seed=job.run.seed,
     )  # fmt: skip
-    prompts = job.task.prompts(job.run.seed, ordinals, sizes)
     members = list(range(job.rl.group_size))
     groups = [Group(prompt=prompt, trajectories=[Trajectory(member=m) for m in members]) for prompt in prompts]
     for key, prompt in enumerate(prompts):
@@ -144,7 +143,7 @@ def decode_loop(work: Work, num_rows: int) -> Measure:
 
 def train_loop(work: Work) -> Measure:
     """DAPO updates on batches that are packed beforehand. Muon, if a run uses it for RL, is left out."""
-    job, rl = work.job, work.job.rl
+    job, rl, objective = work.job, work.job.rl, Objective()
     model = Qwen3Moe(job.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -159,8 +158,8 @@ def train_loop(work: Work) -> Measure:
         logits = model.logits(out.hidden[batch.rows]) / rl.temperature
         logprobs = torch.log_softmax(logits, -1).gather(1, batch.targets.unsqueeze(1)).squeeze(1)
         ratio = (logprobs - batch.behaviour).exp()
-        clipped = ratio.clamp(1 - rl.clip_low, 1 + rl.clip_high)
-        loss = -torch.minimum(ratio * batch.advantage, clipped * batch.advantage).sum() / num_tokens
+        clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+        loss = -torch.minimum(ratio * batch.target, clipped * batch.target).sum() / num_tokens
         aux_loss: torch.Tensor = rl.aux_weight * out.aux_loss * (len(batch.tokens) / num_inputs)
         return loss + aux_loss
 
@@ -183,9 +182,11 @@ def _updates(work: Work) -> Iterator[list[MicroBatch]]:
     rl = work.job.rl
     groups = sorted(work.groups, key=has_signal, reverse=True)[: NUM_BATCHES * rl.groups_per_step]
     for first in range(0, len(groups), rl.groups_per_step):
-        batch = groups[first : first + rl.groups_per_step]
-        for part in np.array_split(np.arange(len(batch)), rl.mini_batches):
-            samples = [sample for i in part for sample in sampled(batch[i])]
+        batch = Batch(groups[first : first + rl.groups_per_step])
+        parts_of = np.split(batch.rewards, np.cumsum(batch.group_sizes)[:-1])
+        rows = rated(batch.groups, batch.spread(np.concatenate([standard_scores(rewards) for rewards in parts_of])))
+        for part in np.array_split(np.arange(len(rows)), rl.mini_batches):
+            samples = [sample for i in part for sample in rows[i]]
             parts = pack([s.num_inputs for s in samples], rl.micro_batch_tokens)
             yield [collate([samples[i] for i in indices]) for indices in parts]
 

@@ -25,6 +25,9 @@ class Ladder:
     """The level at which a task is asked now. Raises ValueError for a band or a level that makes no sense."""
 
     level: int = MIN_LEVEL
+    lowest: int = MIN_LEVEL
+    highest: int = MAX_LEVEL
+    """Where it ends."""
     low: float = 0.3
     high: float = 0.7
     """The band in which the pass rate shall be."""
@@ -37,8 +40,13 @@ class Ladder:
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(f"low and high of a ladder need 0 <= low < high <= 1, got {self.low} and {self.high}")
-        if not MIN_LEVEL <= self.level <= MAX_LEVEL:
-            raise ValueError(f"a ladder's level is one of {MIN_LEVEL}..{MAX_LEVEL}, got {self.level}")
+        if not MIN_LEVEL <= self.lowest <= self.highest <= MAX_LEVEL:
+            raise ValueError(
+                f"lowest and highest of a ladder need {MIN_LEVEL} <= lowest <= highest <= {MAX_LEVEL}, "
+                f"got {self.lowest} and {self.highest}"
+            )
+        if not self.lowest <= self.level <= self.highest:
+            raise ValueError(f"a ladder's level is one of {self.lowest}..{self.highest}, got {self.level}")
         if self.patience < 1:
             raise ValueError(f"a ladder's patience is at least 1 answer, got {self.patience}")
 
@@ -52,7 +60,7 @@ class Ladder:
             return
         rate = self.num_passed / self.num_seen
         step = (rate > self.high) - (rate < self.low)
-        self.level = min(max(self.level + step, MIN_LEVEL), MAX_LEVEL)
+        self.level = min(max(self.level + step, self.lowest), self.highest)
         self.num_seen = self.num_passed = 0
 
     def state(self) -> dict[str, Any]:
