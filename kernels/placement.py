@@ -137,8 +137,8 @@ def place_experts(load_E: Floats | Ints, num_slots: int, num_ranks: int, *, keep
 
 
 def _placed_anew(load: Floats, num_slots: int, num_ranks: int) -> Placement:
-    """Replicas of an expert on ranks of their own, where pairs can be divided; packed as EPLB does only if that is better
-    even then."""
+    """Replicas of an expert on ranks of their own, where pairs can be divided; as EPLB packs them if even then that is
+    better."""
     mean = load.sum() / num_ranks
     plain = _pack(load, _replicate(load, num_slots, num_slots), num_ranks, apart=False)
     apart = _pack(load, _replicate(load, num_slots, num_ranks), num_ranks, apart=True)
