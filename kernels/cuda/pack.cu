@@ -4,8 +4,8 @@
 //                           address of its scales, kind
 //   bucket [16 * units] bytes: a tensor begins at a multiple of 16 bytes; what lies between is zero
 //
-// kind: 0 bytes as they are; 1 f32 in the tensor, bf16 in the bucket; 2 f32, e4m3; 3 bf16, e4m3. e4m3 by the scale of
-// the element's row of `columns`. A thread takes a unit of 16 bytes of the bucket at a time, and finds its entry in the
+// kind: 0 bytes as they are, `elements` of them; 1 f32 in the tensor, bf16 in the bucket; 2 f32, e4m3; 3 bf16, e4m3.
+// e4m3 by the scale of the element's row of `columns`. A thread takes a unit of 16 bytes of the bucket at a time, and finds its entry in the
 // table: by halving once, then by going on. checksum = sum over the bucket's 32-bit words of word * mix(index) +
 // mix(-1 - bytes), modulo 2^64; mix is odd, so any change of one word shows. The sum has no order.
 //
@@ -47,7 +47,7 @@ static __device__ __forceinline__ void leave_sum(u64 mine, u64* partial) {
   if (threadIdx.x == 0) partial[blockIdx.x] = sums[0];
 }
 
-// The last entry that begins at `unit` or before, from `entry` on.
+// The last entry that begins at `unit` or before.
 static __device__ __forceinline__ long long find(const Entry* table, long long entries, long long unit) {
   long long low = 0, high = entries;
   while (high - low > 1) {

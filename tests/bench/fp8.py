@@ -49,6 +49,9 @@ JOB_S = 1800.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, metavar="DIR", help="take the model of this run, instead of training one")
     parser.add_argument("--rl-steps", type=int, default=40, metavar="N", help="of the job that is trained (default 40)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="of that job, as in bin/launch"
+    )
     parser.add_argument("--seeds", type=int, default=4, metavar="N", help="layers of each kind (default 4)")
     parser.add_argument(
         "--sequences", type=int, default=1024, metavar="N", help="answers, half held out (default 1024)"
@@ -63,7 +66,7 @@ def measure(options: argparse.Namespace, say: Say) -> Figures:
     if options.run is not None:
         return figures | _model_figures(options.run, options.sequences, say)
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
-        return figures | _model_figures(_train(Path(folder), options.rl_steps, say), options.sequences, say)
+        return figures | _model_figures(_train(Path(folder), options, say), options.sequences, say)
 
 
 def cast_equal_ratio() -> float:
@@ -95,11 +98,11 @@ def layer_figures(seeds: int) -> dict[str, float]:
     return worst | {f"layer_error_{name}_mean_ratio": statistics.mean(values) for name, values in ratios.items()}
 
 
-def _train(folder: Path, rl_steps: int, say: Say) -> Path:
-    say(f"the default job, {rl_steps} RL steps")
+def _train(folder: Path, options: argparse.Namespace, say: Say) -> Path:
+    say(f"the default job, {options.rl_steps} RL steps")
     command = [sys.executable, "-P", "-m", "headrace", "launch", str(ROOT / "cluster.toml"), "--plain"]
-    sets = ["run.name=model", f"run.directory={folder}", f"rl.steps={rl_steps}", "evaluation.num_problems=64"]
-    command += [part for override in sets for part in ("--set", override)]
+    sets = ["run.name=model", f"run.directory={folder}", f"rl.steps={options.rl_steps}", "evaluation.num_problems=64"]
+    command += [part for override in [*sets, *options.set] for part in ("--set", override)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=JOB_S, check=False)
     if done.returncode:
         raise BenchmarkError(f"the job failed: {done.stdout[-300:]} {done.stderr[-300:]}")
