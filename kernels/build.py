@@ -107,10 +107,12 @@ def _wheels() -> Iterator[Path]:
 
 @cache
 def _nvrtc() -> Any:
-    # cupy looks in site-packages only and misses wheels elsewhere on the path; what is loaded already it finds.
+    # cupy looks in site-packages only and misses wheels elsewhere on the path, and NVRTC misses its own second library;
+    # what is loaded already is found.
     for folder in _wheels():
-        for library in sorted((folder / "lib").glob("libnvrtc.so*"))[:1]:
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        for name in ("libnvrtc-builtins.so*", "libnvrtc.so*"):
+            for library in sorted((folder / "lib").glob(name))[:1]:
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     from cupy.cuda import nvrtc
 
     return nvrtc
