@@ -95,10 +95,10 @@ class CodeVerifier(Actor):
     async def _attempt(self, case: Case) -> Verdict:
         try:
             tests = await asyncio.to_thread(read_tests, case.reference, self.tests)
-            languages: list[Language] = [tests.language or self.language]
-            found = find_program(case.response, languages, fenced=self.fenced)
+            language: Language = "python" if tests.function else tests.language or self.language
+            found = find_program(case.response, [language], fenced=self.fenced)
             if found is None:
-                return self._verdict(Finding(letters="CE", note=f"no whole block of {languages[0]} in the response"))
+                return self._verdict(Finding(letters="CE", note=f"no whole block of {language} in the response"))
             return self._verdict(await self._judge.judge(tests, *found))
         except BadReference as error:
             return failed(case, str(error), "bad reference")
