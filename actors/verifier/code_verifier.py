@@ -74,10 +74,7 @@ class CodeVerifier(Actor):
 
     @message(concurrent=True, deadline_s=600.0)
     async def judge(self, group: Group) -> list[Verdict]:
-        """One verdict for each trajectory of the group, in their order.
-
-        A response that ran out of tokens is wrong. One that has not ended is not judged: its verdict is an error.
-        """
+        """One verdict for each trajectory of the group, in their order; see hearing.py for those that did not end."""
         return await hear(group, self.task, self.court)
 
     @message(concurrent=True, deadline_s=600.0)
