@@ -35,6 +35,10 @@ AMPLE_ROOM = 0.5
 """Loads that move by half are no drift any more, but others: then experts are placed by them."""
 
 
+PAIRS = 1 << 20
+"""Any load is compared as if the busiest expert had so many pairs."""
+
+
 class Move(NamedTuple):
     """One expert's weights to be copied."""
 
@@ -133,11 +137,16 @@ def place_experts(load_E: Floats | Ints, num_slots: int, num_ranks: int, *, keep
 
 
 def _placed_anew(load: Floats, num_slots: int, num_ranks: int) -> Placement:
+    """Replicas of an expert on ranks of their own, where pairs can be divided; as EPLB packs them if even then that is
+    better."""
+    mean = load.sum() / num_ranks
     plain = _pack(load, _replicate(load, num_slots, num_slots), num_ranks, apart=False)
     apart = _pack(load, _replicate(load, num_slots, num_ranks), num_ranks, apart=True)
     assert plain is not None
-    found = [_improved(packed, load, load.sum() / num_ranks) for packed in (apart, plain) if packed is not None]
-    best = min(found, key=lambda placement: float(placement.even_load(load).max()))
+    found = [_improved(packed, load, mean) for packed in (apart, plain) if packed is not None]
+    counts = np.rint(load / (load.max() or 1.0) * PAIRS).astype(np.int64)
+    divided = [int(placement.level_load(counts).max()) for placement in found]
+    best = found[0] if divided[0] <= divided[-1] * (1 + 1e-4) else found[1]
     roof = max(plain.even_load(load).max(), best.even_load(load).max())
     return replace(best, experts_P=steady(best.experts_P, load, num_ranks, roof))
 

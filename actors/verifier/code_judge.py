@@ -150,6 +150,8 @@ class CodeJudge:
         )
         if outcome.code == 0 and outcome.collected:
             return outcome.collected
+        if outcome.stopped == "wall":
+            raise SandboxFailed(f"the compiler was not done within {outcome.wall_s:.0f} s; is the machine too busy?")
         why = f"the compiler was stopped: {outcome.stopped}" if outcome.stopped else tail(outcome.stderr, 400)
         return Finding(letters="CE", note=why, cpu_s=outcome.cpu_s, memory_bytes=outcome.memory_bytes)
 

@@ -176,31 +176,35 @@ class _Watch:
     def _is_late(self) -> bool:
         """By the clock, without the time that the program waited for a processor; by the clock alone after PATIENCE."""
         passed, limit = time.monotonic() - self._began, float(self._limits["wall_s"])
-        return passed > limit and (passed > PATIENCE * limit or passed - _queued_s(self._child) > limit)
+        return passed > limit and (passed > PATIENCE * limit or passed - _queued_s() > limit)
 
 
-def _queued_s(pid: int) -> float:
-    """Seconds in which a process could have run, and others did."""
-    try:
-        with open(f"/proc/{pid}/schedstat") as file:
-            return int(file.read().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0
+def _queued_s() -> float:
+    """Seconds in which a process could have run, and others did: of the one that waited longest."""
+    longest = 0
+    for name in _others():
+        with contextlib.suppress(OSError, IndexError), open(f"/proc/{name}/schedstat") as file:
+            longest = max(longest, int(file.read().split()[1]))
+    return longest / 1e9
+
+
+def _others() -> list[str]:
+    """The numbers of all processes but the keeper; where it is in no namespace, of its own child."""
+    if os.getpid() != 1:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return file.read().split()
+    return [name for name in os.listdir("/proc") if name.isdigit() and name != "1"]
 
 
 def _used() -> tuple[float, int]:
     """Processor seconds, of the living and the dead, and resident bytes of all processes but the keeper."""
-    me, ticks, pages = os.getpid(), 0, 0
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == me:
-            continue
+    ticks = pages = 0
+    for name in _others():
         try:
             with open(f"/proc/{name}/stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()
         except OSError:
             continue  # It has just ended.
-        if me != 1 and int(fields[1]) != me:
-            continue
         ticks += int(fields[11]) + int(fields[12]) + int(fields[13]) + int(fields[14])
         pages += int(fields[21])
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
