@@ -1,7 +1,7 @@
 """The command line that starts a sandbox, and whether it works on this machine.
 
     bwrap    own user, pid, mount, network, ipc, uts and cgroup namespaces; no capabilities; no new privileges; a new
-             session; a filter of system calls; dies with this process
+             session; a filter of system calls
       /              read-only; /usr/lib and the interpreter, read-only (for a compiler: all of /usr); /proc; /dev
       /work          memory, of a fixed size; the only place that can be written
 
@@ -113,7 +113,7 @@ def command(isolation: Isolation, *, whole_usr: bool, filter_fd: int) -> list[st
     """bwrap and its arguments, up to what runs inside; `filter_fd` holds the filter, or is -1."""
     python = interpreter(isolation.python)
     flags = [f"--unshare-{name}" for name in _NAMESPACES]
-    flags += ["--unshare-cgroup-try", "--as-pid-1", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    flags += ["--unshare-cgroup-try", "--as-pid-1", "--new-session", "--cap-drop", "ALL"]
     flags += ["--uid", _INSIDE_ID, "--gid", _INSIDE_ID, "--hostname", "sandbox", "--clearenv"]
     flags += _system("/usr" if whole_usr else "/usr/lib")
     if not whole_usr or not _within(python.path, "/usr"):

@@ -52,13 +52,13 @@ def main() -> None:
     if not start:
         return
     try:
-        report = _serve(work, fds)
+        report = _serve(work, fds, channel.fileno())
     except Exception as error:  # noqa: BLE001  # Said to the host: an error of ours is no verdict.
         report = {"failed": f"{type(error).__name__}: {error}"}
     channel.sendall(json.dumps(report).encode() + b"\n")
 
 
-def _serve(work: str, fds: list[int]) -> dict[str, Any]:
+def _serve(work: str, fds: list[int], channel: int) -> dict[str, Any]:
     order_fd, collect_fd, *streams = fds
     with open(order_fd, "rb") as file:
         order = json.loads(file.readline())
@@ -69,7 +69,7 @@ def _serve(work: str, fds: list[int]) -> dict[str, Any]:
     child, began = _spawn(order, streams), time.monotonic()
     for fd in streams:
         os.close(fd)
-    watch = _Watch(child, limits, began)
+    watch = _Watch(child, limits, began, channel)
     stopped = watch.until_end()
     status = _end_all(child)
     wall_s = time.monotonic() - began
@@ -142,8 +142,8 @@ def _limit(limits: dict[str, Any]) -> None:
 class _Watch:
     """Looks at what the program uses until it ends, or uses too much."""
 
-    def __init__(self, child: int, limits: dict[str, Any], began: float) -> None:
-        self._child, self._limits, self._began = child, limits, began
+    def __init__(self, child: int, limits: dict[str, Any], began: float, channel: int) -> None:
+        self._child, self._limits, self._began, self._channel = child, limits, began, channel
         self.peak = 0
 
     def until_end(self) -> str:
@@ -151,11 +151,12 @@ class _Watch:
         pidfd = os.pidfd_open(self._child)
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
+        poll.register(self._channel, 0)  # Its end only: the host has gone, or has given this up.
         try:
-            while not poll.poll(1000 * _TICK_S):
+            while not (ended := poll.poll(1000 * _TICK_S)):
                 if reason := self._excess():
                     return reason
-            return ""
+            return "" if (pidfd, select.POLLIN) in ended else "host"
         finally:
             os.close(pidfd)
 

@@ -42,7 +42,6 @@ class SandboxPool:
 
     async def start(self) -> None:
         """Proves that a program can be run, and begins to keep sandboxes ready. Raises SandboxUnavailable."""
-        # Threads of our own: a sandbox dies with the thread that started it, and a pool's threads come and go.
         self._spawner = ThreadPoolExecutor(2, thread_name_prefix="sandbox")
         self._reaper = ThreadPoolExecutor(4, thread_name_prefix="sandbox-end")
         try:
