@@ -58,8 +58,8 @@ static __device__ __forceinline__ Softmax from_lane(const Softmax& s, int offset
                  __shfl_xor_sync(FULL_MASK, s.slope, offset), __shfl_xor_sync(FULL_MASK, s.chunk, offset)};
 }
 
-static __device__ __forceinline__ void load_scaled(float (&x)[CHUNK], const LOGIT* row, long long c, long long V, bool aligned,
-                                            float inverse_temperature) {
+static __device__ __forceinline__ void load_scaled(float (&x)[CHUNK], const LOGIT* row, long long c, long long V,
+                                                   bool aligned, float inverse_temperature) {
   load_chunk(x, row, c, V, aligned, -infinity());
 #pragma unroll
   for (int i = 0; i < CHUNK; ++i)
@@ -68,7 +68,7 @@ static __device__ __forceinline__ void load_scaled(float (&x)[CHUNK], const LOGI
 
 // Each thread's lanes, not yet merged.
 static __device__ __forceinline__ void read_row(Softmax (&mine)[MINE], const LOGIT* row, long long V, bool aligned,
-                                         float inverse_temperature) {
+                                                float inverse_temperature) {
   const long long chunks = (V + CHUNK - 1) / CHUNK;
 #pragma unroll
   for (int m = 0; m < MINE; ++m) mine[m] = no_logits();
@@ -103,7 +103,7 @@ static __device__ __forceinline__ Softmax merge_lanes(Softmax (&mine)[MINE], Sof
 
 // The lowest token of the chunk whose logit is the row's largest; 0 if no logit is a number above -inf.
 static __device__ __forceinline__ long long first_top(const Softmax& whole, const LOGIT* row, long long V,
-                                               float inverse_temperature) {
+                                                      float inverse_temperature) {
   if (whole.chunk == 0x7fffffff) return 0;
   const long long first = (long long)whole.chunk * CHUNK;
   for (long long v = first; v < first + CHUNK && v < V; ++v)

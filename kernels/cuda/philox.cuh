@@ -1,5 +1,6 @@
 // Philox4x32-10: four random words from a counter of four words and a key of two (Salmon, Moraes, Dror, Shaw:
-// "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3). No state: the same counter gives the same words.
+// "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3). There is no state: the same counter gives the
+// same words.
 #pragma once
 
 static __device__ __forceinline__ uint4 philox4x32(uint4 counter, uint2 key) {

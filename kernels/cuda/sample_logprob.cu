@@ -2,11 +2,12 @@
 // of the distribution that it was drawn from.
 //
 //   logits [N, V] LOGIT, row-major; temperatures [N] f32, 0 for the likeliest token; ordinals, steps [N] i64: which
-//   response, and which of its tokens; out: tokens [N] i64, logprobs, entropies [N] f32 (at temperature 1 where it is 0).
+//   response, and which of its tokens; out: tokens [N] i64; logprobs, entropies [N] f32, both at temperature 1 where
+//   it is 0.
 //
-// Two draws by Gumbel's maximum: first one of 512 lanes, by the log of its mass, then a token of that lane, by its logit
-// (a lane owns every 512th chunk of eight tokens, online_softmax.cuh). P(lane) * P(token | lane) is softmax, exactly,
-// and only one lane is read twice. Of equals the lower wins.
+// Two draws by Gumbel's maximum: one of 512 lanes, by the log of its mass, then a token of that lane, by its logit (a
+// lane owns every 512th chunk of eight tokens, online_softmax.cuh). P(lane) * P(token | lane) is softmax, exactly, and
+// only one lane is read twice. Of equals the lower wins.
 // Random numbers are Philox words: key = seed; counter = (block, step, ordinal low, ordinal high); lane L takes word
 // L % 4 of block L / 4, token v word v % 4 of block 128 + v / 4. A word w makes u = (w + 1/2) / 2^32 and an exponential
 // variate -log(1 - u). So the token depends on the row, seed, ordinal and step, and on nothing else of the batch.
@@ -57,7 +58,8 @@ struct Counter {
 };
 
 // The lane that is drawn, for thread 0. All threads of the block take part.
-static __device__ __forceinline__ long long draw_lane(const Softmax (&mine)[MINE], const Counter& counter, Best* shared) {
+static __device__ __forceinline__ long long draw_lane(const Softmax (&mine)[MINE], const Counter& counter,
+                                                      Best* shared) {
   Best best{-infinity(), LANES_OF_ROW};
 #pragma unroll
   for (int m = 0; m < MINE; ++m) {
@@ -78,7 +80,7 @@ static __device__ __forceinline__ long long draw_lane(const Softmax (&mine)[MINE
 
 // A token of the lane, for the threads of warp 0, which all take part.
 static __device__ __forceinline__ long long draw_token(long long lane, const LOGIT* row, long long V, bool aligned,
-                                                float inverse_temperature, const Counter& counter) {
+                                                       float inverse_temperature, const Counter& counter) {
   const long long chunks = (V + CHUNK - 1) / CHUNK;
   Best best{-infinity(), V};
   for (long long c = lane + (long long)threadIdx.x * LANES_OF_ROW; c < chunks; c += 32 * LANES_OF_ROW) {

@@ -1,8 +1,8 @@
 // K1, the gate of a mixture of experts: the best k of E experts for each token, and their weights; with the gradient.
 //
 //   logits [T, E] LOGIT, row-major; bias [E] f32 or null; ids [T, k] i64; weights [T, k] f32;
-//   scores [T, E] f32 or null; norms [T, 2] f32: the largest logit of a row, and one over the sum
-//   of exp(logit - largest).
+//   scores [T, E] f32 or null; norms [T, 2] f32: the largest logit of a row, and one over the sum of
+//   exp(logit - largest).
 //
 // Softmax: score = exp(logit) / sum, the choice is by logit. Sigmoid: score = 1 / (1 + exp(-logit)), the choice is by
 // score + bias; the bias moves the choice only. With several groups of E / groups neighbouring experts, only the best
@@ -108,14 +108,14 @@ static __device__ __forceinline__ float largest(const float (&x)[SLOTS], const R
 }
 
 // Takes the experts of all but the best groups out of the choice.
-static __device__ void keep_top_groups(unsigned (&key)[SLOTS], unsigned* group_keys, const Row& row, long long E, int groups,
-                                int top_groups, bool by_two) {
+static __device__ void keep_top_groups(unsigned (&key)[SLOTS], unsigned* group_keys, const Row& row, long long E,
+                                       int groups, int top_groups, bool by_two) {
   const int size = (int)E / groups;
   for (int g = 0; g < groups; ++g) {
     unsigned first = TAKEN, second = TAKEN;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s)
-      if (row.expert(s) / size == g) {
+      if ((unsigned)(row.expert(s) - g * size) < (unsigned)size) {
         second = max(second, min(first, key[s]));
         first = max(first, key[s]);
       }
@@ -139,11 +139,12 @@ static __device__ void keep_top_groups(unsigned (&key)[SLOTS], unsigned* group_k
   }
 #pragma unroll
   for (int o = 1; o < LANES; o *= 2) kept |= __shfl_xor_sync(row.mask, kept, o);
+  for (int g = 0; g < groups; ++g)
+    if (!(kept >> g & 1u)) {
 #pragma unroll
-  for (int s = 0; s < SLOTS; ++s) {
-    const int e = row.expert(s);
-    if (e < E && !(kept >> (e / size) & 1u)) key[s] = TAKEN;
-  }
+      for (int s = 0; s < SLOTS; ++s)
+        if ((unsigned)(row.expert(s) - g * size) < (unsigned)size) key[s] = TAKEN;
+    }
 }
 
 // The id of the best expert left, which is then taken; the same for all threads of the row.
@@ -225,9 +226,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 512 / BLOCK)
   }
   __syncwarp(row.mask);
 
-  for (long long i = row.lane; i < k; i += LANES) {
+  for (long long i = row.lane; i < k; i += LANES)
     chosen_score[row.in_block][i] = score_of(chosen[row.in_block][i], logits + row.token * E, sigmoidal, norm);
-  }
   __syncwarp(row.mask);
   float total = 0.0f;
   for (long long i = 0; i < k; ++i) total += chosen_score[row.in_block][i];
@@ -238,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 512 / BLOCK)
   }
 }
 
-// grad_weights [T, k] f32 and grad_scores [T, E] f32 or null -> grad_logits [T, E] LOGIT. Nothing flows into the choice.
+// grad_weights [T, k] f32, grad_scores [T, E] f32 or null -> grad_logits [T, E] LOGIT. Nothing flows into the choice.
 extern "C" __global__ void __launch_bounds__(BLOCK, 512 / BLOCK)
     topk_gate_backward(const LOGIT* logits, const long long* ids, const float* norms, const float* grad_weights,
                        const float* grad_scores, LOGIT* grad_logits, long long T, long long E, long long k,

@@ -19,8 +19,8 @@ union Packed {
 
 // x[0..7] = row[8c..8c+7]; what lies past `length` becomes `beyond`.
 template <typename T>
-static __device__ __forceinline__ void load_chunk(float (&x)[CHUNK], const T* row, long long c, long long length, bool aligned,
-                                           float beyond) {
+static __device__ __forceinline__ void load_chunk(float (&x)[CHUNK], const T* row, long long c, long long length,
+                                                  bool aligned, float beyond) {
   const long long first = c * CHUNK;
   if (aligned) {
     constexpr int PER_WORD = 16 / sizeof(T);
@@ -39,7 +39,7 @@ static __device__ __forceinline__ void load_chunk(float (&x)[CHUNK], const T* ro
 
 template <typename T>
 static __device__ __forceinline__ void store_chunk(T* row, const float (&x)[CHUNK], long long c, long long length,
-                                            bool aligned) {
+                                                   bool aligned) {
   const long long first = c * CHUNK;
   if (aligned) {
     constexpr int PER_WORD = 16 / sizeof(T);
