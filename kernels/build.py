@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,11 +100,8 @@ def nvidia_includes() -> tuple[Path, ...]:
 
 
 def _wheels() -> Iterator[Path]:
-    try:
-        import nvidia
-    except ImportError:
-        return
-    for folder in nvidia.__path__:
+    spec = find_spec("nvidia")
+    for folder in (spec and spec.submodule_search_locations) or ():
         yield from sorted(Path(folder).glob("cu[0-9]*"), reverse=True)
 
 

@@ -162,8 +162,20 @@ def _three(size: int | tuple[int, ...]) -> tuple[int, int, int]:
     return x, y, z
 
 
-def c_argument(arg: Argument) -> ctypes._SimpleCData[int] | ctypes._SimpleCData[float]:
-    """The value as the kernel receives it."""
+class Packed:
+    """Arguments as the CUDA driver takes them: the address of an array with the address of each value."""
+
+    def __init__(self, args: Sequence[Argument]) -> None:
+        self._values = [_c_value(arg) for arg in args]
+        self._addresses = (ctypes.c_void_p * len(args))(*(ctypes.addressof(value) for value in self._values))
+
+    @property
+    def address(self) -> int:
+        """Valid as long as this object."""
+        return ctypes.addressof(self._addresses)
+
+
+def _c_value(arg: Argument) -> ctypes._SimpleCData[int] | ctypes._SimpleCData[float]:
     if isinstance(arg, Tensor):
         return ctypes.c_uint64(arg.data_ptr())
     if isinstance(arg, Double):
@@ -184,8 +196,7 @@ def _launch_cuda(
 ) -> None:
     from cupy.cuda import driver, runtime
 
-    values = [c_argument(arg) for arg in args]
-    addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    packed = Packed(args)
     with torch.cuda.device(device):
         runtime.setDevice(device.index)  # a thread of autograd may not have a context yet
         function = _function(spec.source, spec.name, tuple(sorted(defines.items())), device.index)
@@ -193,7 +204,7 @@ def _launch_cuda(
             driver.funcSetAttribute(function, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
             _allowed[function] = shared_bytes
         stream = torch.cuda.current_stream().cuda_stream
-        driver.launchKernel(function, *grid, *block, shared_bytes, stream, ctypes.addressof(addresses), 0)
+        driver.launchKernel(function, *grid, *block, shared_bytes, stream, packed.address, 0)
 
 
 @cache

@@ -14,6 +14,7 @@ Shapes: E experts, P slots, G ranks, S = P / G slots of a rank, R replicas of an
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -28,7 +29,14 @@ KEEP_SLACK = 0.009
 
 
 KEEP_ROOM = 0.7
-"""And it keeps at least this share of the room for drift that a new one has."""
+"""And it has at least this share of the room for drift that a new one has, as far as that is less than AMPLE_ROOM."""
+
+AMPLE_ROOM = 0.5
+"""Loads that move by half are no drift any more, but others: then experts are placed by them."""
+
+
+PAIRS = 1 << 20
+"""Any load is compared as if the busiest expert had so many pairs."""
 
 
 class Move(NamedTuple):
@@ -117,21 +125,28 @@ def place_experts(load_E: Floats | Ints, num_slots: int, num_ranks: int, *, keep
     if keep is None:
         return new
     limit = new.even_load(load).max() * (1 + KEEP_SLACK)
-    kept = improve(keep.experts_P, load, num_ranks, limit)
-    kept = steady(kept, load, num_ranks, limit, KEEP_ROOM * room(new.experts_P, load, num_ranks))
-    near = _matched(replace(keep, experts_P=kept), keep)
-    far = _matched(new, keep)
-    if near.even_load(load).max() > limit or len(near.moves_from(keep)) > len(far.moves_from(keep)):
-        return far
-    return near
+    ample = min(room(new.experts_P, load, num_ranks), AMPLE_ROOM)
+    enough = ample - (1 - KEEP_ROOM) * abs(ample)  # Room is negative where the ranks can't be even.
+    found = [_matched(new, keep)]
+    for begin in (keep, _with_replicas_of(new, keep, load)):
+        experts = steady(improve(begin.experts_P, load, num_ranks, limit), load, num_ranks, limit, enough)
+        near = _in_order_of(keep, replace(keep, experts_P=experts))
+        if near.even_load(load).max() <= limit and room(experts, load, num_ranks) >= enough:
+            found.append(near)
+    return min(found, key=lambda placement: len(placement.moves_from(keep)))
 
 
 def _placed_anew(load: Floats, num_slots: int, num_ranks: int) -> Placement:
+    """Replicas of an expert on ranks of their own, where pairs can be divided; as EPLB packs them if even then that is
+    better."""
+    mean = load.sum() / num_ranks
     plain = _pack(load, _replicate(load, num_slots, num_slots), num_ranks, apart=False)
     apart = _pack(load, _replicate(load, num_slots, num_ranks), num_ranks, apart=True)
     assert plain is not None
-    found = [_improved(packed, load, load.sum() / num_ranks) for packed in (apart, plain) if packed is not None]
-    best = min(found, key=lambda placement: float(placement.even_load(load).max()))
+    found = [_improved(packed, load, mean) for packed in (apart, plain) if packed is not None]
+    counts = np.rint(load / (load.max() or 1.0) * PAIRS).astype(np.int64)
+    divided = [int(placement.level_load(counts).max()) for placement in found]
+    best = found[0] if divided[0] <= divided[-1] * (1 + 1e-4) else found[1]
     roof = max(plain.even_load(load).max(), best.even_load(load).max())
     return replace(best, experts_P=steady(best.experts_P, load, num_ranks, roof))
 
@@ -169,17 +184,48 @@ def _improved(placement: Placement, load: Floats, limit: float) -> Placement:
     return replace(placement, experts_P=improve(placement.experts_P, load, placement.num_ranks, limit))
 
 
+def _with_replicas_of(new: Placement, old: Placement, load: Floats) -> Placement:
+    """As many replicas of each expert as `new` has, in the slots of `old` as far as they are there."""
+    counts = np.bincount(new.experts_P, minlength=new.num_experts)
+    experts, weight = old.experts_P.copy(), load / counts
+    rank_P = np.arange(len(experts)) // old.slots_per_rank
+    total = np.bincount(rank_P, weights=weight[experts], minlength=old.num_ranks)
+    free: list[int] = []
+    for expert in np.flatnonzero(np.bincount(experts, minlength=old.num_experts) > counts):
+        held = np.flatnonzero(experts == expert)
+        # The last ones that go are those on the lightest ranks.
+        free += held[np.argsort(-total[rank_P[held]], kind="stable")][: len(held) - counts[expert]].tolist()
+    np.subtract.at(total, rank_P[free], weight[experts[free]])
+    experts[free] = NO_SLOT
+    missing = np.repeat(np.arange(len(counts)), counts - np.bincount(experts[experts >= 0], minlength=len(counts)))
+    for expert in missing[np.argsort(-weight[missing], kind="stable")].tolist():
+        taken = set(rank_P[experts == expert].tolist())
+        slot = min(free, key=lambda p: (rank_P[p] in taken, total[rank_P[p]], p))
+        free.remove(slot)
+        experts[slot] = expert
+        total[rank_P[slot]] += weight[expert]
+    return replace(old, experts_P=experts)
+
+
 def _matched(new: Placement, old: Placement) -> Placement:
-    """`new` with its ranks, and the slots in them, in the order that leaves most experts where `old` has them."""
+    """`new` with its ranks, and the slots in them, in an order that leaves many experts where `old` has them."""
     wanted = new.experts_P.reshape(new.num_ranks, -1)
     held = old.experts_P.reshape(old.num_ranks, -1)
-    common = np.array([[len(set(a) & set(b)) for b in held.tolist()] for a in wanted.tolist()])
+    ours, theirs = ([Counter(rank) for rank in ranks.tolist()] for ranks in (wanted, held))
+    common = np.array([[(a & b).total() for b in theirs] for a in ours])
     result = np.empty_like(held)
     for _ in range(new.num_ranks):
         a, b = np.unravel_index(common.argmax(), common.shape)
         common[a, :] = common[:, b] = -1
-        result[b] = _in_place(wanted[a].tolist(), held[b].tolist())
-    return Placement(result.reshape(-1), new.num_experts, new.num_ranks)
+        result[b] = wanted[a]
+    return _in_order_of(old, replace(new, experts_P=result.reshape(-1)))
+
+
+def _in_order_of(old: Placement, new: Placement) -> Placement:
+    """`new` with the slots of each rank in an order that leaves experts where `old` has them."""
+    ranks = zip(new.experts_P.reshape(new.num_ranks, -1), old.experts_P.reshape(new.num_ranks, -1), strict=True)
+    experts = [_in_place(wanted.tolist(), held.tolist()) for wanted, held in ranks]
+    return replace(new, experts_P=np.array(experts).reshape(-1))
 
 
 def _in_place(wanted: list[int], held: list[int]) -> list[int]:

@@ -16,7 +16,7 @@
                      process.py, agent.py inside a node                    exits.py how they end
     watching         vigil.py, liveness.py loops that hang                 detector.py, heartbeat.py hosts out of reach
                      inspector.py, stacks.py look into a blocked process   survey.py asks all nodes
-    worker groups    worker_group.py ranks addressed as one                worker.py one rank
+    worker groups    worker_group.py ranks addressed as one                worker.py one rank    gang.py from files
                      dispatch.py protocols, layout.py, batches.py          remote_batch.py what stays with the ranks
     beside           pool.py leased priority queue with a journal          exchange.py weights by shared memory
 

@@ -137,26 +137,9 @@ async def _failing(error: Exception) -> None:
 
 async def fetch(batch: RemoteBatch, ask: Callable[[RemotePart], Any], empty: Callable[..., Any]) -> Any:
     """The batch itself, all its parts asked for at once. Raises BatchGone, ActorDied."""
-    async with _Together() as together:
-        parts = [together.begin(ask(part)) for part in batch.parts]
-    return join([part.result() for part in parts], empty)
-
-
-class _Together:
-    """Tasks of which the first failure ends the others, and is raised as it is."""
-
-    async def __aenter__(self) -> _Together:
-        self._tasks: list[asyncio.Task[Any]] = []
-        return self
-
-    def begin(self, work: Any) -> asyncio.Task[Any]:
-        self._tasks.append(asyncio.ensure_future(work))
-        return self._tasks[-1]
-
-    async def __aexit__(self, *_: object) -> None:
-        try:
-            await asyncio.gather(*self._tasks)
-        finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+    asking = [asyncio.ensure_future(ask(part)) for part in batch.parts]
+    try:
+        return join(await asyncio.gather(*asking), empty)
+    finally:
+        for part in asking:
+            part.cancel()

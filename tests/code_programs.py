@@ -10,6 +10,7 @@ construction: they compare the result with a constant, which the changed result 
 import ast
 import gzip
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def mbpp(path: Path) -> Iterator[tuple[str, str, str]]:
         row = json.loads(line)
         code = row["code"].replace("\r", "")
         tests = "\n".join([row["test_setup_code"].replace("\r", ""), *row["test_list"]])
-        tree = ast.parse(code)
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(code)
         used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
         imports = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         function = {"names": sorted(_defined(tree) & used), "prelude": "\n".join(imports), "tests": tests}

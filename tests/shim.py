@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from headrace.kernels.build import SOURCES, kernel_names, nvidia_includes, source_text
-from headrace.kernels.launch import Argument, Double, KernelSpec, c_argument
+from headrace.kernels.launch import Argument, Double, KernelSpec, Packed
 
 HERE = Path(__file__).parent / "shim"
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "shim"
@@ -89,13 +89,12 @@ class ShimBackend:
         _check_limits(spec.name, grid, block, shared_bytes)
         _check_signature(library, spec.name, args)
         memory = _Memory(runtime, args, at_end=(self.seed + len(self.launches)) % 3 != 0)
-        values = [c_argument(arg) for arg in memory.args]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        packed = Packed(memory.args)
         blocks = list(self._only_blocks(grid[0] * grid[1] * grid[2]))
         text = ctypes.create_string_buffer(8192)
         failed = runtime.shim_launch(
             ctypes.cast(getattr(library, f"shim_call_{spec.name}"), ctypes.c_void_p),
-            pointers,
+            ctypes.c_void_p(packed.address),
             (ctypes.c_uint * 3)(*grid),
             (ctypes.c_uint * 3)(*block),
             ctypes.c_uint(shared_bytes),

@@ -42,6 +42,15 @@ def test_a_hopeless_size_is_still_asked_for():
     assert adaptation.probabilities[1] > 0.8 and adaptation.probabilities.min() > 0.02
 
 
+def test_what_is_forgotten_counts_as_unseen():
+    adaptation = fresh()
+    for _ in range(50):
+        adaptation.observe(3, mixed=False)
+    assert adaptation.probabilities[1] < 0.06
+    adaptation.forget(3)
+    assert adaptation.probabilities == pytest.approx(fresh().probabilities)
+
+
 def test_a_restored_state_goes_on_the_same():
     task = RunningSum()
     first = Adaptation(sizes=task.sizes, prior=task.size_prior, seed=5)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
 import pytest
 from algorithm_batches import RecordedCritic, RecordedPolicy, group
 
-from headrace.actors.algorithms import Algorithm, Batch, Objective
+from headrace.actors.algorithms import Algorithm, Batch, Objective, gather
 from headrace.actors.algorithms.dapo import Dapo
 from headrace.actors.algorithms.grpo import Grpo
 from headrace.actors.algorithms.load import BUILT_IN, load_algorithm, needs_critic, roles_of
@@ -119,6 +120,24 @@ def test_the_built_in_ones_are_found_with_their_roles() -> None:
     }  # fmt: skip
     assert {name for name, cls in BUILT_IN.items() if needs_critic(cls())} == {"vapo", "ppo"}
     assert all(load_algorithm(name) is cls for name, cls in BUILT_IN.items())
+
+
+async def test_an_update_that_fails_ends_the_others_first() -> None:
+    ended = []
+
+    async def update(name: str, fails: bool) -> str:
+        try:
+            await asyncio.sleep(0 if fails else 60)
+            if fails:
+                raise ValueError("prompt 3, member 1 is too long")
+        finally:
+            ended.append(name)
+        return name
+
+    with pytest.raises(ValueError, match="prompt 3, member 1"):
+        await gather(update("policy", True), update("critic", False))
+    assert sorted(ended) == ["critic", "policy"]
+    assert await gather(asyncio.sleep(0, 1), asyncio.sleep(0, 2)) == [1, 2]
 
 
 # Bad input ----------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_a_lasting_load_is_placed_once_and_then_even():
     assert first.moves > 0
     second = balanced.observe(load)
     assert second.before == first.before == (1010 + 910) / (1800 + 1860) * 4
-    assert second.after < 1.01 < first.after
+    assert second.after < 1.03 < first.after
     assert second.moves == 0
 
 
@@ -83,7 +83,7 @@ async def test_a_new_incarnation_goes_on_with_the_placements_of_the_last():
     await second.start()
     first.observe(load)
     second.restore(first.snapshot())
-    assert second.observe(load)["rank_load_after"] < 1.01
+    assert second.observe(load)["rank_load_after"] < 1.03
 
 
 @pytest.mark.slow

@@ -18,7 +18,9 @@ from headrace.actors.verifier.court import Care
 from headrace.actors.verifier.sandbox import RunLimits, SandboxUnavailable
 from headrace.actors.verifier.sandbox.bubble import Isolation
 from headrace.runtime import System
+from headrace.runtime.cluster import load_cluster
 from headrace.runtime.errors import ActorDied
+from headrace.runtime.toml import ConfigError, parse
 
 sandboxed.needed()
 
@@ -326,6 +328,36 @@ async def test_a_checker_that_cannot_be_compiled_is_a_bad_reference(verifier):
 
 
 # The actor
+
+
+SETTINGS = """
+[run]
+name = "x"
+[actors.verifier]
+class = "headrace.actors.verifier:CodeVerifier"
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('language = "cobol"', "language"),
+        ("places = 0", "places: must be greater than or equal to 1"),
+        ("limits = {cpu_s = 0}", "cpu_s: must be greater than 0"),
+        ("limits = {cpus = 1}", "unknown key"),
+        ("isolation = {unsafe = 1}", "unsafe"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_error(text, expected):
+    with pytest.raises(ConfigError, match=expected):
+        load_cluster(parse(SETTINGS + text, "c.toml"), {})
+
+
+def test_settings_are_those_of_cluster_toml():
+    text = 'language = "cpp"\nlimits = {cpu_s = 2.5}\nisolation = {disk_bytes = 1048576}\ncare = {attempts = 1}'
+    cluster, _ = load_cluster(parse(SETTINGS + text, "c.toml"), {})
+    verifier = cluster.actors["verifier"].instance
+    assert (verifier.language, verifier.limits.cpu_s, verifier.isolation.disk_bytes) == ("cpp", 2.5, 1 << 20)
 
 
 async def test_verdicts_are_cached_and_counted(verifier):

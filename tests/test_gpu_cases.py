@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,3 +66,54 @@ def test_without_cuda_the_script_says_so():
     )
     assert done.returncode == 2, done.stderr
     assert "no CUDA here" in done.stdout and "Traceback" not in done.stderr
+
+
+class Clock:
+    """In place of a GPU: runs what it is to time, and says that it took a second."""
+
+    copy_rate = 1e9
+
+    def each(self, run: Callable[[], Any], runs: int = 3) -> list[float]:
+        run()
+        return [1.0] * runs
+
+    def seconds(self, run: Callable[[], Any], runs: int = 3) -> float:
+        return self.each(run, runs)[0]
+
+
+@needs_shim
+def test_what_the_script_does_with_a_case(monkeypatch, tmp_path):
+    """All but the clock and the graph: checks, figures, bars, the recorded table and the printed one."""
+    import measure
+    import session
+
+    from headrace.kernels.timings import Timings
+
+    monkeypatch.setattr(measure, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(measure, "graphed", lambda run: run)
+    [case] = [case for case in CASES if case.name == "align"]
+    case = dataclasses.replace(case, large=case.small[-1])
+    broken = dataclasses.replace(case, run=lambda *args: (rows := case.run(*args))._replace(load_E=rows.load_E + 1))
+    shaky = iter(range(1000))
+    unsteady = dataclasses.replace(case, run=lambda *_: torch.tensor([next(shaky)]), exact=lambda *_: torch.tensor([0]))
+    with backend(ShimBackend(1)):
+        assert measure.wrong(case, 3, large=True, repeats=2) == ""
+        assert "result 1: " in measure.wrong(broken, 3, large=True, repeats=2)
+        assert "two runs differ" in measure.wrong(unsteady, 3, large=False, repeats=2)
+        monkeypatch.setattr(measure, "_compiled_seconds", lambda *_: 3.0)
+        figures = {"align": measure.timed(case, Clock(), 3)}
+        table = Timings("none", measured=False)
+        measure.record(case, Clock(), table, [*case.small], 3)
+    assert figures["align"] == {"seconds": 1.0, "graph_seconds": 1.0, "eager": 1.0, "compiled": 3.0}
+    assert [(bar["name"], bar["ok"]) for bar in session._bars(case, figures["align"])] == [
+        ("align_eager_ratio", False),
+        ("align_compiled_ratio", False),
+    ]
+    assert "eager >= 5.0, compiled >= 4.0" in session._table([case], figures, 1e12)
+    table.write(tmp_path / "timings.json")
+    cells = Timings.read(tmp_path / "timings.json").cells
+    assert {name: [cell.load.tokens for cell in row] for name, row in cells.items()} == {
+        "align_count/E40": [4800],
+        "align_count/E12": [7200],
+    }
+    assert len(cells["align_count/E12"][0].seconds) == len(case.spec.configs)

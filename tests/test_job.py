@@ -29,7 +29,7 @@ def job_in(tmp_path: Path, *overrides: str) -> Job:
 def test_the_default_job_has_every_role_in_a_process_of_its_own_where_it_matters() -> None:
     job = load_job(CLUSTER)
     homes = {name: spec.node for name, spec in job.cluster.actors.items()}
-    assert set(homes) == set(ROLES)
+    assert set(homes) == {*ROLES, "balancer"}
     assert {homes[name] for name in ("controller", "pool", "evaluator")} == {"root"}
     assert len({homes[name] for name in ("rollout", "trainer", "verifier", "reward")} - {"root"}) == 4
 

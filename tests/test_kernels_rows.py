@@ -97,24 +97,25 @@ def reference_empty(rows: Rows, case: Case) -> Tensor:
 
 @needs_shim
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # on a machine that is busy with other things
 @settings(max_examples=1000)
 @given(case_strategy, st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]), st.integers(0, 99))
 def test_permute_is_the_reference(case: Case, dtype: torch.dtype, schedule: int):
-    for seed in range(schedule, schedule + 3):
-        check_permute(case, dtype, seed)
+    check_permute(case, dtype, schedule)
 
 
 @needs_shim
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # on a machine that is busy with other things
 @settings(max_examples=1000)
 @given(case_strategy, st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 99))
 def test_unpermute_and_its_gradient_are_the_reference(case: Case, dtype: torch.dtype, schedule: int):
-    for seed in range(schedule, schedule + 3):
-        check_unpermute(case, dtype, seed)
+    check_unpermute(case, dtype, schedule)
 
 
 @needs_shim
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # on a machine that is busy with other things
 @settings(max_examples=1000)
 @given(case_strategy, st.integers(0, 99))
 def test_gradient_of_permute_is_the_sum_over_the_copies(case: Case, schedule: int):
@@ -134,7 +135,7 @@ SOME = Case(3, 9, 4, 40, 37, 5, torch.int64)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("width", [1, 7, 12, 64])
 def test_permute_in_every_unit(dtype: torch.dtype, width: int):
-    for schedule in range(3):
+    for schedule in range(1, 4):
         check_permute(SOME._replace(width=width), dtype, schedule)
 
 
@@ -142,7 +143,7 @@ def test_permute_in_every_unit(dtype: torch.dtype, width: int):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 7, 64, 264])
 def test_unpermute_with_and_without_whole_chunks(dtype: torch.dtype, width: int):
-    for schedule in range(3):
+    for schedule in range(1, 4):
         check_unpermute(SOME._replace(width=width), dtype, schedule)
 
 
@@ -188,19 +189,19 @@ def check_fp8(case: Case, num_scales: int, schedule: int) -> None:
 
 @needs_shim
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # on a machine that is busy with other things
 @settings(max_examples=1000)
 @given(case_strategy, st.integers(1, 4), st.integers(0, 99))
 def test_sum_of_fp8_rows_is_the_reference(case: Case, num_scales: int, schedule: int):
     if num_scales > 1:
         case = case._replace(width=(case.width // 32 + 1) * 8 * num_scales)
-    for seed in range(schedule, schedule + 3):
-        check_fp8(case, num_scales, seed)
+    check_fp8(case, num_scales, schedule)
 
 
 @needs_shim
 @pytest.mark.parametrize(("width", "num_scales"), [(1, 1), (13, 1), (48, 1), (48, 3), (256, 2)])
 def test_sum_of_fp8_rows(width: int, num_scales: int):
-    for schedule in range(3):
+    for schedule in range(1, 4):
         check_fp8(SOME._replace(width=width), num_scales, schedule)
 
 

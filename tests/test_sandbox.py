@@ -89,6 +89,16 @@ async def test_a_run_that_takes_too_much_is_stopped(pool, source, stopped):
     assert outcome.stopped == stopped or (stopped == "memory" and b"MemoryError" in outcome.stderr)
 
 
+async def test_waiting_for_a_processor_is_not_held_against_a_program(pool):
+    """Six programs on one core are past their wall limit by the clock, and none by what it did."""
+    core = next(iter(os.sched_getaffinity(0)))
+    source = f"import os, time\nos.sched_setaffinity(0, [{core}])\nwhile time.process_time() < 0.6: pass"
+    limits = RunLimits(cpu_s=5.0, wall_s=1.5, memory_bytes=64 << 20)
+    outcomes = await asyncio.gather(*(pool.run(order(pool, source, limits)) for _ in range(6)))
+    assert all(outcome.stopped in ("", "wall") for outcome in outcomes)
+    assert all(not outcome.stopped for outcome in outcomes if outcome.wall_s < 3 * limits.wall_s)
+
+
 async def test_a_file_is_brought_back_only_if_it_is_one(pool):
     for source, expected in (
         ("open('out', 'wb').write(b'12')", b"12"),

@@ -21,6 +21,7 @@ from headrace.actors.run_state import RunState, latest_checkpoint
 from headrace.actors.trainer import Trainer, checkpoint
 from headrace.actors.trainer.durable import DurableTrainer
 from headrace.runtime import System
+from headrace.runtime.errors import RankError
 from headrace.runtime.layout import Layout
 from headrace.runtime.rundir import RunSpec
 from headrace.runtime.worker_group import WorkerGroup
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 # The router's balancing loss is one of a micro-batch by its definition, so it depends on how a batch is split.
 PLAIN_SFT = dataclasses.replace(SFT, aux_weight=0.0)
-PLAIN_RL = dataclasses.replace(RL, aux_weight=0.0)
+PLAIN_RL = dataclasses.replace(RL, aux_weight=0.0, max_skipped=1)
 
 
 def trainer_of(tmp_path: Path, name: str) -> Trainer:
@@ -77,11 +78,21 @@ async def test_an_update_that_is_wrong_is_refused_by_all_and_the_gang_goes_on(tm
     async with System() as system:
         gang = await gang_of(system, trainer_of(tmp_path, "run"))
         await gang.warm_up(SFT.steps)
-        with pytest.raises(Exception, match=r"rank 0 of trainer.*RL step 2 can't follow 0"):
+        with pytest.raises(Exception, match=r"rank [01] of trainer.*RL step 2 can't follow 0"):
             await gang.step(2, update(2))
         assert await gang.position() == 0
         await gang.step(1, update(1))
-        assert len(set(await gang.digest())) == 1
+        before = await gang.digest()
+        # One sample makes the gradient of one rank infinite, and so the sum: both skip, whoever worked on it.
+        given = update(2)
+        assert given.advantages[0] is not None
+        given.advantages[0] = np.full_like(given.advantages[0], 3e38)
+        metrics = await gang.step(2, given)
+        assert metrics["skipped_updates"] == 1
+        assert len(set(await gang.digest())) == len(set(before)) == 1
+        with pytest.raises(RankError, match=r"2 updates in a row had no finite gradient"):
+            everywhere = [np.full_like(row, 3e38) for row in given.advantages if row is not None]
+            await gang.step(3, dataclasses.replace(given, advantages=everywhere))
         assert system.restarts == {}
 
 

@@ -16,5 +16,6 @@ from .algorithm import Algorithm as Algorithm
 from .algorithm import Critic as Critic
 from .algorithm import Metrics as Metrics
 from .algorithm import Policy as Policy
+from .algorithm import gather as gather
 from .batch import Batch as Batch
 from .updates import Objective as Objective

@@ -15,9 +15,10 @@ Knows nothing of rollout, rewards or the pool.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -25,8 +26,22 @@ from ..types import Group
 from .batch import Batch, Tokens
 from .updates import Objective
 
+T = TypeVar("T")
+
 Metrics = dict[str, float]
 """By the names of actors/report.py."""
+
+
+async def gather(*updates: Coroutine[Any, Any, T]) -> list[T]:
+    """Waits for updates of several roles at the same time. If one fails the others are cancelled, and have ended,
+    before its error goes on: none of them may reach a role that has gone back to its checkpoint meanwhile."""
+    tasks = [asyncio.ensure_future(update) for update in updates]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 class Policy(Protocol):

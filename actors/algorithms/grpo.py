@@ -2,8 +2,9 @@
 
     J = E[ 1/G * sum_i 1/|o_i| * sum_t min(r_it A_i, clip(r_it, 1 - eps, 1 + eps) A_i) ]
 
-What DAPO changed: every response weighs the same, however long; the clipping is symmetric; nothing is filtered. The
-paper subtracts beta times the KL divergence to a reference model; there is none here, as in DAPO.
+What DAPO changed: every response weighs the same, however long; the clipping is symmetric; nothing is filtered, so that
+a batch in which no group has two different rewards is an error. The paper subtracts beta times the KL divergence to a
+reference model; there is none here, as in DAPO.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ A_t = sum_k (gamma lambda)^k delta_{t+k},   the critic's target is A_t + V_t,   
 
 from __future__ import annotations
 
-from asyncio import gather
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from annotated_types import Ge, Gt, Le
 
 from ...runtime.codec import wire
 from .advantages import gae, whiten
-from .algorithm import Algorithm, Critic, Metrics, Policy
+from .algorithm import Algorithm, Critic, Metrics, Policy, gather
 from .batch import Batch
 from .updates import Objective
 

@@ -10,7 +10,6 @@ Several responses to a prompt (group sampling) are contrasted by their values, s
 
 from __future__ import annotations
 
-from asyncio import gather
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -19,7 +18,7 @@ from annotated_types import Ge, Gt, Le
 
 from ...runtime.codec import wire
 from .advantages import adaptive_lambda, gae, returns_to_go, whiten
-from .algorithm import Algorithm, Critic, Metrics, Policy
+from .algorithm import Algorithm, Critic, Metrics, Policy, gather
 from .batch import Batch
 from .updates import Objective
 

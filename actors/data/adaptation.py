@@ -53,6 +53,10 @@ class Adaptation:
         self._mixed[i] += RATE * (mixed - self._mixed[i])
         self._num_groups[i] += 1
 
+    def forget(self, size: int) -> None:
+        """What was seen of a size says nothing any more: its problems are others now."""
+        self._mixed[self._sizes.index(size)] = UNSEEN
+
     def state(self) -> dict[str, Any]:
         """Plain values; `load_state` goes on from them."""
         return {"sizes": self._sizes, "mixed": self._mixed.tolist(), "num_groups": self._num_groups.tolist()}

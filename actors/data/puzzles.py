@@ -203,13 +203,17 @@ class PuzzleQuestions:
         return self._task.problem(self._seed, ordinal, name, self._ladders[name].level)
 
     def observe(self, group: Group, *, mixed: bool) -> None:
-        name, level = group.prompt.dataset, group.prompt.size
-        self._adaptation.observe(self._names.index(name), mixed=mixed)
+        name, index = group.prompt.dataset, self._names.index(group.prompt.dataset)
+        ladder = self._ladders[name]
+        before = ladder.level
+        self._adaptation.observe(index, mixed=mixed)
         for verdict in (t.verdict for t in group.trajectories):
             if verdict is not None and not verdict.error:
-                self._ladders[name].observe(level, passed=verdict.correct)
+                ladder.observe(group.prompt.size, passed=verdict.correct)
                 self._judged[name] += 1
                 self._passed[name] += verdict.correct
+        if ladder.level != before:  # Else a puzzle that was too easy would be asked too seldom to climb.
+            self._adaptation.forget(index)
 
     def metrics(self) -> dict[str, float]:
         """Level of each puzzle, and the pass rate of those judged since the last call."""

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import FileStore
 
 from ...runtime.worker import Worker
 from ..model.config import ModelConfig
 from .packing import pack, plan
 from .workload import Workload, workload_of
 
-MEET_S = 60.0
-"""Longest wait of a rank for the others: when they start, and in every sum."""
+MEET_S = 600.0
+"""Longest wait of a rank for the others, when they start and in every sum: they may have as much work as a step brings.
+That one has died is seen at once, by its connections; and the group's restart ends the others."""
 
 
 class RankLost(RuntimeError):
@@ -126,7 +126,7 @@ class Gang(Ranks):
             self._meeting.parent.mkdir(parents=True, exist_ok=True)
             dist.init_process_group(
                 "gloo",
-                store=FileStore(str(self._meeting), self.size),
+                store=dist.FileStore(str(self._meeting), self.size),  # type: ignore[attr-defined]
                 rank=self.rank,
                 world_size=self.size,
                 timeout=self._patience,

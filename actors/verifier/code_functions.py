@@ -19,6 +19,7 @@ from .code_languages import ENVIRONMENT, LANGUAGES
 from .code_tests import FunctionTests
 from .inside import program
 from .sandbox import Order, Outcome, RunLimits, SandboxPool
+from .sandbox.keeper import PATIENCE
 
 PATIENCE_S = 10.0
 """How much longer the examiner may take than the response, so that what hangs is the response."""
@@ -39,7 +40,9 @@ async def examine(pool: SandboxPool, tests: FunctionTests, source: str, limits: 
             argv=[pool.python, f"{name}.py", *tests.names], files=files, environment=environment, limits=limits
         )
 
-    patient = replace(limits, wall_s=limits.wall_s + PATIENCE_S, memory_bytes=max(limits.memory_bytes, 1 << 30))
+    patient = replace(
+        limits, wall_s=PATIENCE * limits.wall_s + PATIENCE_S, memory_bytes=max(limits.memory_bytes, 1 << 30)
+    )
     async with pool.taken() as one, pool.taken() as other:
         with contextlib.ExitStack() as stack:
             asked, answered = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)

@@ -24,6 +24,7 @@ from .code_compare import BadAnswer, compare
 from .code_languages import BINARY, ENVIRONMENT, LANGUAGES, LanguageRow
 from .code_tests import Language, Program, Test, Tests
 from .sandbox import Order, Outcome, RunLimits, SandboxFailed, SandboxPool
+from .sandbox.keeper import PATIENCE
 
 Letters = Literal["AC", "WA", "TLE", "MLE", "RE", "CE"]
 
@@ -106,7 +107,7 @@ class CodeJudge:
         async with self._pool.taken() as one, self._pool.taken() as other:
             with contextlib.ExitStack() as stack:
                 to_judge, to_program = _pipe(stack), _pipe(stack)
-                python, patient = self._pool.python, replace(CHECKER_LIMITS, wall_s=limits.wall_s + 30)
+                python, patient = self._pool.python, replace(CHECKER_LIMITS, wall_s=PATIENCE * limits.wall_s + 10)
                 talk = other.run(
                     judge.order(python, patient, ["input", "answer", "feedback"], _files(test)),
                     stdin=to_judge.take(0), stdout=to_program.take(1),
@@ -149,6 +150,8 @@ class CodeJudge:
         )
         if outcome.code == 0 and outcome.collected:
             return outcome.collected
+        if outcome.stopped == "wall":
+            raise SandboxFailed(f"the compiler was not done within {outcome.wall_s:.0f} s; is the machine too busy?")
         why = f"the compiler was stopped: {outcome.stopped}" if outcome.stopped else tail(outcome.stderr, 400)
         return Finding(letters="CE", note=why, cpu_s=outcome.cpu_s, memory_bytes=outcome.memory_bytes)
 

@@ -22,13 +22,14 @@ from typing import Annotated
 from annotated_types import Ge
 
 from ...runtime import Actor, message
+from ..data import RunningSum, Task
 from ..types import Group, Verdict
 from .case import BadReference, Case
 from .code_extract import find_program
 from .code_judge import CheckerFailed, CodeJudge, Finding
 from .code_tests import Language, read_tests
 from .court import Care, Court
-from .grouping import judge_all, judge_group
+from .hearing import hear, together
 from .judging import failed
 from .sandbox import RunLimits, SandboxFailed, SandboxPool
 from .sandbox.bubble import Isolation
@@ -42,6 +43,8 @@ def _patient() -> Care:
 class CodeVerifier(Actor):
     """Judges programs. Whatever they do costs their own sandboxes, never the actor."""
 
+    task: Task = field(default_factory=RunningSum)
+    """Decodes prompts and responses."""
     language: Language = "python"
     """Of the responses, where the tests name none."""
     tests: str = ""
@@ -75,12 +78,12 @@ class CodeVerifier(Actor):
 
         A response that ran out of tokens is wrong. One that has not ended is not judged: its verdict is an error.
         """
-        return await judge_group(group, self.court.verdict)
+        return await hear(group, self.task, self.court)
 
     @message(concurrent=True, deadline_s=600.0)
     async def judge_cases(self, cases: list[Case]) -> list[Verdict]:
         """One verdict for each case, in their order. A note begins with AC, WA, TLE, MLE, RE or CE."""
-        return await judge_all(cases, self.court.verdict)
+        return await together([self.court.verdict(case) for case in cases])
 
     @message(concurrent=True)
     async def stats(self) -> dict[str, float]:
@@ -95,10 +98,10 @@ class CodeVerifier(Actor):
     async def _attempt(self, case: Case) -> Verdict:
         try:
             tests = await asyncio.to_thread(read_tests, case.reference, self.tests)
-            languages: list[Language] = [tests.language or self.language]
-            found = find_program(case.response, languages, fenced=self.fenced)
+            language: Language = "python" if tests.function else tests.language or self.language
+            found = find_program(case.response, [language], fenced=self.fenced)
             if found is None:
-                return self._verdict(Finding(letters="CE", note=f"no whole block of {languages[0]} in the response"))
+                return self._verdict(Finding(letters="CE", note=f"no whole block of {language} in the response"))
             return self._verdict(await self._judge.judge(tests, *found))
         except BadReference as error:
             return failed(case, str(error), "bad reference")

@@ -98,7 +98,7 @@ static __device__ __forceinline__ long long draw_token(long long lane, const LOG
   return best.of;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, 512 / BLOCK)
     sample_logprob(const LOGIT* __restrict__ logits, const float* __restrict__ temperatures,
                    const long long* __restrict__ ordinals, const long long* __restrict__ steps, long long* tokens,
                    float* logprobs, float* entropies, long long V, long long seed, long long aligned) {

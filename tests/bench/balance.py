@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace, say: Say) -> Figures:
             figures[f"{name}_drift_{round(drift * 100):03}_worst_ratio"] = float(np.max(values))
     return {
         **figures,
-        "placed_over_lp_worst_ratio": max(seen["over_lp"]),
+        "placed_over_lp_worst_ratio": float(max(seen["over_lp"])),
         "batches": len(seen["over_lp"]),
         "batches_worse_than_even_split": int(np.sum(seen["worse_than_even"])),
         "batches_worse_than_eplb": int(np.sum(seen["worse_than_eplb"])),
@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace, say: Say) -> Figures:
         "kept_moves": float(np.mean(seen["kept_moves"])),
         "kept_moves_over_eplb_ratio": float(np.sum(seen["kept_moves"]) / np.sum(seen["eplb_moves"])),
         "kept_moves_over_new_ratio": float(np.sum(seen["kept_moves"]) / np.sum(seen["new_moves"])),
-        "kept_even_load_over_new_worst_ratio": max(seen["kept_even"]),
+        "kept_even_load_over_new_worst_ratio": float(max(seen["kept_even"])),
         "kept_load_over_placed_ratio": float(np.mean(seen["kept_over_placed"])),
         "place_us": float(np.median(seen["place_us"])),
         "keep_us": float(np.median(seen["keep_us"])),

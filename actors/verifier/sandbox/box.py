@@ -26,13 +26,14 @@ from pathlib import Path
 
 from . import bubble, seccomp
 from .bubble import Isolation
+from .keeper import PATIENCE
 from .order import Order, Outcome, SandboxFailed
 
 START_S = 30.0
 """Longest start, on a machine that may be busy."""
 
 SLACK_S = 10.0
-"""How much later than the wall limit a keeper may report before the sandbox is taken for broken."""
+"""How much later than at its last moment a keeper may report before the sandbox is taken for broken."""
 
 END_S = 10.0
 """Longest wait for a killed process to be gone."""
@@ -82,7 +83,7 @@ class Box:
             try:
                 socket.send_fds(self._channel, [b"r"], fds)
                 handing.close()
-                async with asyncio.timeout(order.limits.wall_s + SLACK_S):
+                async with asyncio.timeout(PATIENCE * order.limits.wall_s + SLACK_S):
                     report = json.loads(await self._read_line() or b"{}")
             except TimeoutError:
                 raise SandboxFailed("the sandbox does not answer") from None

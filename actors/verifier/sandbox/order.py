@@ -21,7 +21,8 @@ class RunLimits:
     cpu_s: Annotated[float, Gt(0)] = 10.0
     """Processor seconds."""
     wall_s: Annotated[float, Gt(0)] = 30.0
-    """Seconds on the clock; well above `cpu_s`, since a busy machine must not decide verdicts."""
+    """Seconds on the clock, without those in which the program waited for a processor: a busy machine must not decide
+    verdicts. Three times as many end it in any case."""
     memory_bytes: Annotated[int, Ge(1 << 20)] = 512 << 20
     """Resident memory and files."""
     output_bytes: Annotated[int, Ge(0)] = 16 << 20

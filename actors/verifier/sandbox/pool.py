@@ -55,7 +55,9 @@ class SandboxPool:
             finally:
                 self._end(box)
             if outcome.stdout != b"True\n":
-                raise SandboxFailed(f"a trial run ended with {outcome.code}: {outcome.stderr[-300:].decode()}")
+                raise SandboxFailed(
+                    f"a trial run ended with {outcome.code}: {outcome.stderr[-300:].decode(errors='replace')}"
+                )
         except SandboxUnavailable:
             await self.close()
             raise
