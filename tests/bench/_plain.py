@@ -73,13 +73,14 @@ def open_work(run: Path) -> Work:
         questions.load_state(state.adaptation)
     wanted = NUM_BATCHES * job.rl.groups_per_step
     for first in range(state.next_ordinal, state.next_ordinal + MAX_ROUNDS * wanted, wanted):
-        work.groups += _sample(job, weights, [questions.prompt(o) for o in range(first, first + wanted)])
+        work.groups += sample(job, weights, [questions.prompt(o) for o in range(first, first + wanted)])
         if sum(map(has_signal, work.groups)) >= wanted:
             break
     return work
 
 
-def _sample(job: Job, weights: dict[str, np.ndarray], prompts: list[Prompt]) -> list[Group]:
+def sample(job: Job, weights: dict[str, np.ndarray], prompts: list[Prompt]) -> list[Group]:
+    """The model's own answers to these prompts, judged."""
     engine = Engine(
         job.model, weights, version=1, num_slots=128, max_prompt_tokens=job.task.max_prompt_tokens,
         max_new_tokens=job.rl.max_new_tokens, eos_id=job.task.eos_id, seed=job.run.seed,

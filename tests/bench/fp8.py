@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from _fp8_layers import FIXTURES, error_ratio, make
 from _fp8_model import Moments, Policy, by_amax, by_feedback, by_search, divergence, router_agreement, run
-from _plain import Work, open_work
+from _plain import sample
 from torch import Tensor
 
+from headrace.actors.job import Job, load_job
+from headrace.actors.model import checkpoint
 from headrace.actors.model.qwen3_moe import Qwen3Moe
 from headrace.actors.run_state import latest_checkpoint
 from headrace.benchmark import ROOT, Bar, BenchmarkError, Figures, Say
@@ -42,6 +44,8 @@ BARS = [
     Bar("router_agreement_w8a8_ratio", ">=", 0.97),
 ]
 
+UNSEEN = 10**9
+"""Ordinal of the first prompt that is answered: no run comes to it."""
 JOB_S = 1800.0
 """A job that takes longer is killed."""
 
@@ -110,15 +114,20 @@ def _train(folder: Path, options: argparse.Namespace, say: Say) -> Path:
 
 
 def _model_figures(path: Path, num_sequences: int, say: Say) -> dict[str, float]:
-    if not (path / "config.toml").exists() or latest_checkpoint(path) is None:
+    folder = latest_checkpoint(path) if (path / "config.toml").exists() else None
+    if folder is None:
         raise BenchmarkError(f"{path} has no checkpoint; name the folder of a run")
     torch.set_num_threads(1)
-    work = open_work(path)
-    model = _model(work)
-    sequences, answers = _sequences(work, num_sequences)
+    job = load_job(path / "config.toml")
+    _, weights = checkpoint.load(folder)
+    model = Qwen3Moe(job.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(weights[name]))
+    sequences, answers = _sequences(job, weights, num_sequences)
     half = len(sequences) // 2
     held_out, answer = sequences[half:], torch.cat(answers[half:])
-    layers, k = work.job.model.num_layers, work.job.model.num_experts_per_tok
+    layers, k = job.model.num_layers, job.model.num_experts_per_tok
     observed = Moments(layers)
     run(model, sequences[:half], observed)
     moments = observed.means()
@@ -137,23 +146,14 @@ def _model_figures(path: Path, num_sequences: int, say: Say) -> dict[str, float]
     return figures
 
 
-def _model(work: Work) -> Qwen3Moe:
-    model = Qwen3Moe(work.job.model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(work.weights[name]))
-    return model
-
-
-def _sequences(work: Work, num: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Prompts with their answers, groups spread evenly; and which of their tokens is followed by one of the answer."""
-    pairs = [(g.prompt.tokens, t.tokens()) for g in work.groups for t in g.trajectories if t.num_tokens]
-    order = torch.randperm(len(work.groups), generator=torch.Generator().manual_seed(0)).tolist()
-    size = len(pairs) // len(work.groups)
-    pairs = [pair for group in order for pair in pairs[size * group : size * (group + 1)]][:num]
-    sequences = [torch.from_numpy(np.concatenate(pair)).long() for pair in pairs]
-    answers = [
-        (torch.arange(len(p) + len(a)) >= len(p) - 1) & (torch.arange(len(p) + len(a)) < len(p) + len(a) - 1)
-        for p, a in pairs
-    ]
+def _sequences(job: Job, weights: dict[str, np.ndarray], num: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Prompts that the run has not seen, with their answers; and which tokens are followed by one of the answer."""
+    questions = job.task.questions(job.run.seed)
+    num_groups = -(-num // job.rl.group_size)
+    groups = sample(job, weights, [questions.prompt(UNSEEN + i) for i in range(num_groups)])
+    sequences, answers = [], []
+    for prompt, answer in ((g.prompt.tokens, t.tokens()) for g in groups for t in g.trajectories if t.num_tokens):
+        sequences.append(torch.from_numpy(np.concatenate([prompt, answer])).long())
+        at = torch.arange(len(sequences[-1]))
+        answers.append((at >= len(prompt) - 1) & (at < len(at) - 1))
     return sequences, answers
