@@ -250,7 +250,7 @@ def _sliding_puzzle(data: Data, answer: str) -> bool:
 
 
 def _tower_of_hanoi(data: Data, answer: str) -> bool:
-    homes, moves = list(data["position"]), answer.split(", ")
+    homes, moves = list(data["position"]), answer.strip(" ,.;\n").split(", ")  # the ends are not part of a move
     for source, onto in moves:
         disk = homes.index(source)  # The smallest there is.
         if source == onto or onto in homes[:disk] or onto not in "ABC":
