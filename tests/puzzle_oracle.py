@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
@@ -250,7 +251,7 @@ def _sliding_puzzle(data: Data, answer: str) -> bool:
 
 
 def _tower_of_hanoi(data: Data, answer: str) -> bool:
-    homes, moves = list(data["position"]), answer.strip(" ,.;\n").split(", ")  # the ends are not part of a move
+    homes, moves = list(data["position"]), re.split(r"[\s,;]+", answer.strip(" ,.;\n"))
     for source, onto in moves:
         disk = homes.index(source)  # The smallest there is.
         if source == onto or onto in homes[:disk] or onto not in "ABC":

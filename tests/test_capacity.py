@@ -97,6 +97,7 @@ def same(case: Case, expected: capacity.Redirect, seed: int, *, races: bool = Fa
 
 
 @needs_shim
+@pytest.mark.slow
 @settings(max_examples=1000, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(cases())
 def test_the_kernels_give_the_same_integers_under_every_schedule(case):

@@ -112,6 +112,7 @@ def test_the_definition_by_hand():
 
 
 @needs_shim
+@pytest.mark.slow
 @settings(max_examples=1000, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.data())
 def test_the_split_kernel_gives_the_same_integers_under_every_schedule(data):
@@ -154,6 +155,7 @@ def test_pairs_fill_the_replicas_in_token_order(data):
 
 
 @needs_shim
+@pytest.mark.slow
 @settings(max_examples=1000, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.data())
 def test_the_dispatch_kernel_gives_the_same_slots_under_every_schedule(data):
