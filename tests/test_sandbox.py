@@ -12,7 +12,15 @@ import pytest
 import sandboxed
 from sample_actors import until
 
-from headrace.actors.verifier.sandbox import Order, RunLimits, SandboxFailed, SandboxPool, SandboxUnavailable, bubble
+from headrace.actors.verifier.sandbox import (
+    Order,
+    RunLimits,
+    SandboxFailed,
+    SandboxPool,
+    SandboxUnavailable,
+    bubble,
+    cgroup,
+)
 from headrace.actors.verifier.sandbox.bubble import Isolation
 from headrace.actors.verifier.sandbox.pool import SandboxPool as Pool
 
@@ -58,6 +66,16 @@ async def test_what_is_there_is_a_work_folder_and_libraries(pool):
     text = (await pool.run(order(pool, source))).stdout.decode()
     assert "'home'" not in text and "'root'" not in text and "'etc'" not in text
     assert "['main.py'] 1000 sandbox" in text
+
+
+async def test_each_run_has_a_control_group_of_its_own_where_one_can_be_made(pool):
+    groups = [(await pool.run(order(pool, "print(open('/proc/self/cgroup').read())"))).stdout for _ in range(2)]
+    if cgroup.parents() is None:
+        assert "no control groups" in pool.describe()
+        return
+    assert "a control group each" in pool.describe()
+    lines = [[line for line in group.decode().splitlines() if cgroup.PREFIX in line] for group in groups]
+    assert lines[0] and lines[1] and not set(lines[0]) & set(lines[1])
 
 
 async def test_runs_share_nothing_and_leave_nothing(pool):

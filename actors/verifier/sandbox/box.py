@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from . import bubble, seccomp
+from . import bubble, cgroup, seccomp
 from .bubble import Isolation
+from .cgroup import Cgroup
 from .keeper import PATIENCE
 from .order import Order, Outcome, SandboxFailed
 
@@ -38,6 +39,11 @@ SLACK_S = 10.0
 END_S = 10.0
 """Longest wait for a killed process to be gone."""
 
+SPARE_BYTES = 96 << 20
+"""What a control group allows beyond the run's own memory, its streams and the work folder: the keeper and bwrap."""
+
+SPARE_PROCESSES = 8
+
 MAX_REPORT = 1 << 16
 MAX_STDERR = 1 << 16
 """So much of it is read, from the end."""
@@ -46,8 +52,17 @@ MAX_STDERR = 1 << 16
 class Box:
     """A running sandbox."""
 
-    def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket, complaints: int, folder: str) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        channel: socket.socket,
+        complaints: int,
+        folder: str,
+        group: Cgroup | None,
+        disk_bytes: int,
+    ) -> None:
         self._process, self._channel, self._complaints, self._folder = process, channel, complaints, folder
+        self._group, self._disk_bytes = group, disk_bytes
         self._ended = self._reading = False
         self._inner = -1
 
@@ -60,7 +75,12 @@ class Box:
             raise SandboxFailed(f"a sandbox was not ready within {START_S:g} s") from None
         if word != b"ready":
             raise SandboxFailed(f"a sandbox did not start: {bubble.explain(self._complaint())}")
-        self._inner = _child_of(self._process.pid)
+        child, self._inner = _child_of(self._process.pid)
+        if self._group is not None:
+            try:
+                self._group.admit([self._process.pid, child])  # Nothing else is in there before there is an order.
+            except OSError as error:
+                raise SandboxFailed(f"a sandbox could not be put into its control group: {error}") from None
 
     async def run(
         self, order: Order, *, stdin: bytes | int = b"", stdout: int | None = None, more: Sequence[int] = ()
@@ -81,6 +101,7 @@ class Box:
             last = taken if stdout is None else stdout
             fds = [_file(stack, _written(order)), collected, first, last, wrong, *more]
             try:
+                self._limit(order)
                 socket.send_fds(self._channel, [b"r"], fds)
                 handing.close()
                 async with asyncio.timeout(PATIENCE * order.limits.wall_s + SLACK_S):
@@ -124,11 +145,22 @@ class Box:
             os.close(self._inner)
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+        if self._group is not None:
+            self._group.remove()
 
     @property
     def pid(self) -> int:
         """Process number of bubblewrap, outside."""
         return self._process.pid
+
+    def _limit(self, order: Order) -> None:
+        if self._group is not None:
+            limits = order.limits
+            streams = 3 * limits.output_bytes
+            self._group.limit(
+                memory_bytes=limits.memory_bytes + streams + self._disk_bytes + SPARE_BYTES,
+                processes=limits.processes + SPARE_PROCESSES,
+            )
 
     async def _read_line(self) -> bytes:
         """The next line of the keeper, without its end; b"" if the keeper has gone."""
@@ -159,8 +191,10 @@ def spawn(isolation: Isolation, whole_usr: bool) -> Box:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     complaints = os.memfd_create("complaints", os.MFD_CLOEXEC)
-    folder = ""
+    folder, group = "", None
     try:
+        if not isolation.unsafe and (parents := cgroup.parents()) is not None:
+            group = Cgroup(parents)
         with theirs, contextlib.ExitStack() as stack:
             python = bubble.interpreter(isolation.python).path
             if isolation.unsafe:
@@ -178,19 +212,21 @@ def spawn(isolation: Isolation, whole_usr: bool) -> Box:
     except BaseException as error:
         ours.close()
         os.close(complaints)
+        if group is not None:
+            group.remove()
         if isinstance(error, OSError):
             raise SandboxFailed(f"a sandbox could not be started: {error}") from None
         raise
-    return Box(process, ours, complaints, folder)
+    return Box(process, ours, complaints, folder, group, isolation.disk_bytes)
 
 
-def _child_of(pid: int) -> int:
-    """A pidfd of the only child of `pid`; -1 if there is none to be seen."""
+def _child_of(pid: int) -> tuple[int, int]:
+    """The only child of `pid`, and a pidfd of it; -1 if there is none to be seen."""
     try:
-        child = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[:1]
-        return os.pidfd_open(int(child[0])) if child else -1
-    except OSError:
-        return -1
+        child = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        return child, os.pidfd_open(child)
+    except (OSError, IndexError):
+        return -1, -1
 
 
 def _written(order: Order) -> bytes:

@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
-from . import bubble, seccomp
+from . import bubble, cgroup, seccomp
 from .box import END_S, START_S, Box, spawn
 from .bubble import Isolation, SandboxUnavailable
 from .order import Order, Outcome, RunLimits, SandboxFailed
@@ -71,9 +71,8 @@ class SandboxPool:
             return "UNSAFE: no isolation"
         calls = f"{len(seccomp.REFUSED)} system calls refused" if seccomp.supported() else "no filter of system calls"
         who = "as nobody" if bubble.user() else "as this user"
-        return (
-            f"bubblewrap {who}, own namespaces, no network, rlimits, {calls}, memory watched by the keeper, no cgroup"
-        )
+        group = "a control group each" if cgroup.parents() else "no control groups"
+        return f"bubblewrap {who}, own namespaces, no network, rlimits, {calls}, {group}, watched by the keeper"
 
     async def run(self, order: Order, *, stdin: bytes = b"") -> Outcome:
         """Runs it in a sandbox that nothing has run in. Raises SandboxFailed."""
