@@ -41,6 +41,8 @@ KATTIS_LIMITS = RunLimits(cpu_s=2.0, wall_s=60.0, memory_bytes=256 << 20)
 ATTACK_LIMITS = RunLimits(cpu_s=1.0, wall_s=8.0, memory_bytes=128 << 20, output_bytes=1 << 20)
 TURNS = 60
 PROGRAM = b"print(sum(map(int, input().split())))"
+SETTLE_S = 30.0
+"""The kernel takes down namespaces and their memory in its own time: harm is what is still there after this."""
 MEMORY_SLACK = 512 << 20
 """Others use this machine, too: less than this is no sign of harm."""
 
@@ -195,8 +197,10 @@ async def _attacks(say: Say) -> dict[str, float | None]:
         right += good
         if not good:
             say(f"attack {attack.name!r}: {verdict.error or verdict.note}, right is {', '.join(sorted(attack.right))}")
-    await asyncio.sleep(1.0)
-    harm += _more(before, _host())
+    until = time.monotonic() + SETTLE_S
+    while (more := _more(before, _host())) and time.monotonic() < until:  # noqa: ASYNC110 (nobody tells)
+        await asyncio.sleep(0.5)
+    harm += more
     for what in harm:
         say(f"harm to the host: {what}")
     say(f"{right} of {len(cases)} attacks have their verdict, in {seconds:.0f} s; {len(harm)} signs of harm")
