@@ -118,7 +118,8 @@ def sweep(parents: Parents) -> None:
 
 def _mounted(mounts: str) -> tuple[Mapping[str, Path], Path | None]:
     """Mount points of v1 by controller, and of v2."""
-    v1, v2 = {}, None
+    v1: dict[str, Path] = {}
+    v2 = None
     for line in mounts.splitlines():
         _, point, kind, options, *_ = line.split()
         if kind == "cgroup":
