@@ -9,18 +9,20 @@ happened. In a captured graph nothing is timed. Knows nothing of any one kernel.
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from . import launch
 from .buckets import Bucket, Load, Watch
-from .build import compile_source
+from .build import SOURCES, cache_folder, compile_source
 from .launch import Config, KernelSpec
-from .timings import label
+from .timings import Replay, Timings, label
 from .tuner import Kernel, Report, Tuner, prune
 
 PENDING = 256
@@ -133,6 +135,47 @@ class LiveTuner:
             yield self
 
 
-def choices_file(folder: Path, device: str) -> Path:
-    """Where the choices of a device are kept."""
-    return folder / f"choices-{''.join(c if c.isalnum() else '-' for c in device)}.json"
+def tuned(table: Timings, build: str) -> Tuner:
+    """Choices for every kernel, shape and load of a recorded table."""
+    tuner = Tuner(table.device, build)
+    for name, cells in table.cells.items():
+        own, _, shape = name.partition("/")
+        kernel, replay = tuner.kernel(own, shape, list(cells[0].seconds)), Replay(cells)
+        loads = {load.bucket: load for load in replay.loads}
+        for bucket, load in loads.items():
+            kernel.tune(bucket, partial(replay.measure, load))
+        kernel.settle(partial(_measure, replay, loads))
+    return tuner
+
+
+@contextmanager
+def open_tuner(device: str, architecture: str) -> Iterator[LiveTuner]:
+    """Decides for all launches of the process by the choices that are kept for this device; keeps what it learns.
+
+    `architecture`: "sm_90". Raises ValueError if the file of choices is damaged.
+    """
+    path, build = choices_file(device), build_of_sources()
+    tuner = Tuner.read(path, device, build) if path.exists() else Tuner(device, build)
+    live = LiveTuner(tuner, CudaClock(), partial(fitting, architecture=architecture))
+    try:
+        with live.installed():
+            yield live
+    finally:
+        live.poll()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tuner.write(path)
+
+
+def choices_file(device: str) -> Path:
+    """Where the choices of a device are kept, for `bin/tune kernels --show` and the next process."""
+    return cache_folder() / f"choices-{''.join(c if c.isalnum() else '-' for c in device)}.json"
+
+
+def build_of_sources() -> str:
+    """A word that changes with any kernel's source: old choices are then of no use."""
+    texts = (path.read_bytes() for path in sorted(SOURCES.iterdir()))
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+
+
+def _measure(replay: Replay, loads: Mapping[Bucket, Load], bucket: Bucket, config: str, runs: int) -> list[float]:
+    return replay.measure(loads[bucket], config, runs)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from headrace.kernels import launch
 from headrace.kernels.buckets import SKEWS, Bucket, Load, Watch
 from headrace.kernels.launch import KernelSpec
-from headrace.kernels.live import LiveTuner
+from headrace.kernels.live import LiveTuner, build_of_sources, choices_file, fitting, open_tuner, tuned
+from headrace.kernels.rows import PERMUTE as permute
 from headrace.kernels.timings import Cell, Replay, Timings, label
 from headrace.kernels.tuner import (
     EXPLORE,
@@ -341,3 +342,24 @@ def test_bin_tune_says_that_nothing_was_tuned(
     monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path))
     assert tune_main(["kernels", "--show"]) == 1
     assert "nothing was tuned" in capsys.readouterr().err
+
+
+def test_a_recorded_table_becomes_choices_that_a_process_goes_by_and_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path))
+    names = [label(config) for config in fitting(permute, "sm_90")]
+    assert len(names) > 1
+    seconds = {name: (1.0 + (name != names[1]),) for name in names}
+    table = Timings("GPU 1", True, {}, {"permute_rows/T1": [Cell(Load(5000, 1.0, 1), seconds)]})
+    tuned(table, build_of_sources()).write(choices_file("GPU 1"))
+    for _ in range(2):
+        with open_tuner("GPU 1", "sm_90"):
+            assert label(launch.pick(permute, tokens=5000, T=1)) == names[1]
+            assert label(launch.pick(permute, tokens=5000, T=2)) == names[0], "a shape that was never timed"
+    with open_tuner("GPU 2", "sm_90"):
+        assert label(launch.pick(permute, tokens=5000, T=1)) == names[0], "another device"
+    kept = Tuner.read(choices_file("GPU 1"))
+    assert [(name, choice.config, choice.calls) for name, _, choice in kept.rows()] == [
+        ("permute_rows/T1", names[1], 2)
+    ]

@@ -15,6 +15,7 @@ from case import Case, difference, tensors
 
 from headrace.kernels.buckets import Load
 from headrace.kernels.launch import Config, KernelSpec, picking
+from headrace.kernels.live import fitting
 from headrace.kernels.timings import Cell, Timings, label
 
 RUNS = 30
@@ -50,6 +51,12 @@ class Bench:
             events.append((begin, end))
         torch.cuda.synchronize(DEVICE)
         return [begin.elapsed_time(end) / 1000 for begin, end in events]
+
+
+def architecture() -> str:
+    """As the compiler names that of the GPU."""
+    major, minor = torch.cuda.get_device_capability(DEVICE)
+    return f"sm_{major}{minor}"
 
 
 def generator(seed: int) -> torch.Generator:
@@ -135,7 +142,7 @@ def record(case: Case, bench: Bench, table: Timings, sizes: list[Any], seed: int
             return config
 
         times: dict[str, tuple[float, ...]] = {}
-        for config in spec.configs:
+        for config in fitting(spec, architecture()):
             with picking(lambda asked, situation, config=config, seen=seen: choose(asked, situation, config, seen)):
                 times[label(config)] = tuple(bench.each(lambda args=args: case.run(*args), 10))
         if not seen:

@@ -139,6 +139,7 @@ def _sanitize(options: argparse.Namespace) -> int:
 def _time_and_tune(chosen: Sequence[Case], options: argparse.Namespace) -> None:
     from measure import Bench, record, timed
 
+    from headrace.kernels.live import build_of_sources, choices_file, tuned
     from headrace.kernels.timings import Timings
 
     bench = Bench()
@@ -155,6 +156,10 @@ def _time_and_tune(chosen: Sequence[Case], options: argparse.Namespace) -> None:
                 print(f"tuned  {case.name}")
         if options.record:
             table.write(options.record)
+        if not options.only:  # else the choices of the other kernels would be lost
+            choices = choices_file(table.device)
+            tuned(table, build_of_sources()).write(choices)
+            print(f"choices are in {choices}; bin/tune kernels --show")
     if options.json:
         text = {
             "device": torch.cuda.get_device_name(0),
