@@ -91,6 +91,7 @@ def test_what_the_script_does_with_a_case(monkeypatch, tmp_path):
 
     monkeypatch.setattr(measure, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(measure, "graphed", lambda run: run)
+    monkeypatch.setattr(measure, "architecture", lambda: "sm_90")
     [case] = [case for case in CASES if case.name == "align"]
     case = dataclasses.replace(case, large=case.small[-1])
     broken = dataclasses.replace(case, run=lambda *args: (rows := case.run(*args))._replace(load_E=rows.load_E + 1))
