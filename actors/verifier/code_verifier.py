@@ -21,15 +21,14 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from ...runtime import Actor, message
-from ..data import RunningSum, Task
-from ..types import Group, Verdict
+from ...runtime import message
+from ..types import Verdict
 from .case import BadReference, Case
 from .code_extract import find_program
 from .code_judge import CheckerFailed, CodeJudge, Finding
 from .code_tests import Language, read_tests
-from .court import Care, Court
-from .hearing import hear, together
+from .court import Care
+from .hearing import CourtVerifier
 from .judging import failed
 from .sandbox import RunLimits, SandboxFailed, SandboxPool
 from .sandbox.bubble import Isolation
@@ -40,11 +39,12 @@ def _patient() -> Care:
 
 
 @dataclass(kw_only=True)
-class CodeVerifier(Actor):
-    """Judges programs. Whatever they do costs their own sandboxes, never the actor."""
+class CodeVerifier(CourtVerifier):
+    """Judges programs. Whatever they do costs their own sandboxes, never the actor.
 
-    task: Task = field(default_factory=RunningSum)
-    """Decodes prompts and responses."""
+    A note begins with AC, WA, TLE, MLE, RE or CE.
+    """
+
     language: Language = "python"
     """Of the responses, where the tests name none."""
     tests: str = ""
@@ -66,26 +66,16 @@ class CodeVerifier(Actor):
         self._pool = SandboxPool(self.isolation, warm=self.warm)
         await self._pool.start()
         self._judge = CodeJudge(self._pool, self.limits)
-        self.court = Court(self._attempt, self.care, places=self.places)
+        self.open_court(self._attempt, places=self.places)
         self._letters: Counter[str] = Counter()
 
     async def stop(self, reason: BaseException | None) -> None:
         await self._pool.close()
 
-    @message(concurrent=True, deadline_s=600.0)
-    async def judge(self, group: Group) -> list[Verdict]:
-        """One verdict for each trajectory of the group, in their order; see hearing.py for those that did not end."""
-        return await hear(group, self.task, self.court)
-
-    @message(concurrent=True, deadline_s=600.0)
-    async def judge_cases(self, cases: list[Case]) -> list[Verdict]:
-        """One verdict for each case, in their order. A note begins with AC, WA, TLE, MLE, RE or CE."""
-        return await together([self.court.verdict(case) for case in cases])
-
     @message(concurrent=True)
     async def stats(self) -> dict[str, float]:
         """Counts of verdicts, of letters, of errors by kind; cache hits, retries, latency quantiles in seconds."""
-        return self.court.metrics.snapshot() | {f"letters_{name}": float(n) for name, n in self._letters.items()}
+        return await super().stats() | {f"letters_{name}": float(n) for name, n in self._letters.items()}
 
     @message(concurrent=True)
     async def isolated_by(self) -> str:

@@ -4,19 +4,50 @@
     out of tokens        -> incorrect: it has no answer
     ended by itself      -> a Case: question, reference, data set and row of the prompt, text of the response -> court
 
-Knows neither rules nor processes.
+`CourtVerifier` is what all verifiers with a court are to the others. Knows neither rules nor processes.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.task import Task
+from ...runtime import Actor, message
+from ..data import RunningSum, Task
 from ..types import Group, Trajectory, Verdict
 from .case import Case
-from .court import Court
+from .court import Care, Court
+
+
+@dataclass(kw_only=True)
+class CourtVerifier(Actor):
+    """Base of the verifiers that judge case by case; `start` opens the court."""
+
+    task: Task = field(default_factory=RunningSum)
+    """Decodes prompts and responses."""
+    care: Care = field(default_factory=Care)
+    """Deadline, retries, cache."""
+
+    def open_court(self, judge: Callable[[Case], Awaitable[Verdict]], *, places: int) -> None:
+        """For `start`: verdicts come from `judge`, at most `places` at a time."""
+        self.court = Court(judge, self.care, places=places)
+
+    @message(concurrent=True, deadline_s=600.0)
+    async def judge(self, group: Group) -> list[Verdict]:
+        """One verdict for each trajectory of the group, in their order; see `hear` for those that did not end."""
+        return await hear(group, self.task, self.court)
+
+    @message(concurrent=True, deadline_s=600.0)
+    async def judge_cases(self, cases: list[Case]) -> list[Verdict]:
+        """One verdict for each case, in their order."""
+        return await together([self.court.verdict(case) for case in cases])
+
+    @message(concurrent=True)
+    async def stats(self) -> dict[str, float]:
+        """See VerdictMetrics.snapshot."""
+        return self.court.metrics.snapshot()
 
 
 async def hear(group: Group, task: Task, court: Court) -> list[Verdict]:

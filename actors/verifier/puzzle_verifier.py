@@ -13,44 +13,25 @@ import json
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from ...runtime import Actor, message
 from ..data.puzzles import Puzzles
 from ..data.task import Task
-from ..types import Group, Verdict
+from ..types import Verdict
 from .case import BadReference, Case
-from .court import Care, Court
-from .hearing import hear, together
+from .hearing import CourtVerifier
 from .judging import failed
 from .puzzles import TASKS, Puzzle, verify
 from .text_rules import RIGHT, WRONG
 
 
 @dataclass(kw_only=True)
-class PuzzleVerifier(Actor):
+class PuzzleVerifier(CourtVerifier):
     """Judges answers to the puzzles of the suite; any solution is right, not only the solver's."""
 
     task: Task = field(default_factory=Puzzles)
     """Decodes prompts and responses."""
-    care: Care = field(default_factory=Care)
-    """Cache; deadline and retries are for judges that may fail."""
 
     async def start(self) -> None:
-        self.court = Court(judge_puzzle, self.care, places=1)
-
-    @message(concurrent=True, deadline_s=60.0)
-    async def judge(self, group: Group) -> list[Verdict]:
-        """One verdict for each trajectory of the group, in their order; see hearing.py for those that did not end."""
-        return await hear(group, self.task, self.court)
-
-    @message(concurrent=True, deadline_s=60.0)
-    async def judge_cases(self, cases: list[Case]) -> list[Verdict]:
-        """One verdict for each case, in their order."""
-        return await together([self.court.verdict(case) for case in cases])
-
-    @message(concurrent=True)
-    async def stats(self) -> dict[str, float]:
-        """See VerdictMetrics.snapshot."""
-        return self.court.metrics.snapshot()
+        self.open_court(judge_puzzle, places=1)
 
 
 async def judge_puzzle(case: Case) -> Verdict:

@@ -18,13 +18,8 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from ...runtime import Actor, message
-from ..data import RunningSum, Task
-from ..types import Group, Verdict
-from .case import Case
-from .court import Care, Court
 from .function import check_options, load_function
-from .hearing import hear, together
+from .hearing import CourtVerifier
 from .judging import ByWorkers, InProcess
 from .policies import build_policy
 from .registry import rule as find_rule
@@ -32,11 +27,9 @@ from .workers import Limits
 
 
 @dataclass(kw_only=True)
-class TextVerifier(Actor):
+class TextVerifier(CourtVerifier):
     """Judges the text of responses. Hostile text, a crash and a hang cost one worker process, never the actor."""
 
-    task: Task = field(default_factory=RunningSum)
-    """Decodes prompts and responses."""
     rule: str = ""
     """exact, multiple_choice, regex, json_schema or math."""
     function: str = ""
@@ -51,8 +44,6 @@ class TextVerifier(Actor):
     """Processes that judge, and cases that are judged at a time."""
     limits: Limits = field(default_factory=Limits)
     """What one case may use."""
-    care: Care = field(default_factory=Care)
-    """Deadline, retries, cache."""
 
     def __post_init__(self) -> None:
         if bool(self.rule) == bool(self.function):
@@ -78,25 +69,10 @@ class TextVerifier(Actor):
             self._judging = ByWorkers.rule(self.rule, self._policies(), workers=self.workers, limits=self.limits)
         else:
             self._judging = InProcess(self.rule, self._policies())
-        self.court = Court(self._judging.judge, self.care, places=self.workers)
+        self.open_court(self._judging.judge, places=self.workers)
 
     async def stop(self, reason: BaseException | None) -> None:
         await self._judging.close()
-
-    @message(concurrent=True, deadline_s=600.0)
-    async def judge(self, group: Group) -> list[Verdict]:
-        """One verdict for each trajectory of the group, in their order; see hearing.py for those that did not end."""
-        return await hear(group, self.task, self.court)
-
-    @message(concurrent=True, deadline_s=600.0)
-    async def judge_cases(self, cases: list[Case]) -> list[Verdict]:
-        """One verdict for each case, in their order."""
-        return await together([self.court.verdict(case) for case in cases])
-
-    @message(concurrent=True)
-    async def stats(self) -> dict[str, float]:
-        """See VerdictMetrics.snapshot."""
-        return self.court.metrics.snapshot()
 
     def _policies(self) -> dict[str, dict[str, Any]]:
         return {"": self.policy} | {name: {**self.policy, **values} for name, values in self.policies.items()}
