@@ -9,5 +9,7 @@ os.environ["PYTHONSAFEPATH"] = "1"
 
 import hypothesis
 
-hypothesis.settings.register_profile("headrace", deadline=None, derandomize=bool(os.environ.get("CI")))
+# The same examples each time; `bin/test --hypothesis-profile explore` looks for others.
+hypothesis.settings.register_profile("headrace", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, derandomize=False, max_examples=300)
 hypothesis.settings.load_profile("headrace")
