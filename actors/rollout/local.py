@@ -1,0 +1,158 @@
+"""The engine of this project as a backend: it and torch live on the actor's own thread.
+
+    loop: generate --submitted, cancelled--> thread: a turn of some decode steps --chunks--> loop: the streams
+
+The loop only hands requests in and chunks out. Knows nothing of how tokens are computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from ...runtime.exchange import Manifest, Receiver
+from .requests import Chunk, Request
+
+if TYPE_CHECKING:
+    from .actor import Rollout
+    from .engine import Engine
+
+STEPS_PER_TURN = 16
+"""Decode steps between two looks at what was asked for: each look costs the loop, which shares the core."""
+
+TURNS_AHEAD = 2
+"""Turns that the thread has been given: while the chunks of one are handed out, the next is computed. A weight swap
+waits for them, some tens of milliseconds."""
+
+
+class LocalBackend:
+    """See backend.Backend."""
+
+    def __init__(self, worker: Rollout) -> None:
+        self._worker = worker
+        # A stream's queue is bounded by the tokens that its requests may ask for.
+        self._streams: dict[int, asyncio.Queue[list[Chunk]]] = {}
+        self._engine: Engine | None = None
+        self._receiver = Receiver()
+        self._submitted: list[Request] = []
+        self._cancelled: list[int] = []
+        self._keys = 0
+        self._busy_s = 0.0
+        self._busy_since = 0.0
+        names = ("live", "waiting", "steps", "tokens", "prefilled_tokens", "busy_s")
+        self._stats: dict[str, Any] = {"version": -1, **dict.fromkeys(names, 0)}
+        self._work = asyncio.Event()
+
+    async def open(self) -> None:
+        """Imports torch, which takes seconds."""
+        await self._worker.in_thread(_import_torch)
+        for number in range(TURNS_AHEAD):
+            self._worker.background(self._generate(), name=f"generate/{number}")
+
+    async def close(self) -> None:
+        self._receiver.close()
+
+    async def load(self, manifest: Manifest) -> None:
+        await self._worker.in_thread(self._load, manifest)
+
+    def check(self, request: Request) -> None:
+        assert self._engine is not None
+        self._engine.check(request)
+
+    async def generate(self, requests: list[Request]) -> AsyncGenerator[list[Chunk], None]:
+        theirs = {self._keys + i: request.key for i, request in enumerate(requests)}
+        self._keys += len(requests)
+        queue: asyncio.Queue[list[Chunk]] = asyncio.Queue()
+        for key, request in zip(theirs, requests, strict=True):
+            request.key = key
+            self._streams[key] = queue
+        self._submitted += requests
+        self._work.set()
+        unfinished = sum(len(request.members) for request in requests)
+        try:
+            while unfinished:
+                chunks = await queue.get()
+                unfinished -= sum(1 for chunk in chunks if chunk.finish)
+                for chunk in chunks:
+                    chunk.key = theirs[chunk.key]
+                yield chunks
+        finally:
+            for key in theirs:
+                del self._streams[key]
+            if unfinished:
+                self._cancelled += theirs
+                self._work.set()
+
+    def stats(self) -> dict[str, Any]:
+        return self._stats
+
+    async def _generate(self) -> None:
+        """Drives the engine while there is anything to do, and hands its chunks to the streams that wait for them.
+
+        Runs several times at once: the thread takes the turns, and the loop their chunks, in the order they were given.
+        """
+        while True:
+            await self._work.wait()
+            submitted, self._submitted = self._submitted, []
+            cancelled, self._cancelled = self._cancelled, []
+            chunks, more = await self._worker.in_thread(self._turn, submitted, cancelled)
+            by_stream: dict[asyncio.Queue[list[Chunk]], list[Chunk]] = {}
+            for chunk in chunks:
+                queue = self._streams.get(chunk.key)
+                if queue is not None:
+                    by_stream.setdefault(queue, []).append(chunk)
+            for queue, batch in by_stream.items():
+                queue.put_nowait(batch)
+            if more or self._submitted or self._cancelled:
+                self._work.set()
+            else:
+                self._work.clear()
+
+    def _turn(self, submitted: list[Request], cancelled: list[int]) -> tuple[list[Chunk], bool]:
+        """On the actor's thread: some decode steps. Returns what is due, and whether there is more to do."""
+        engine = self._engine
+        assert engine is not None
+        begun = self._busy_since or time.perf_counter()
+        for request in submitted:
+            engine.submit(request)
+        for key in cancelled:
+            engine.cancel(key)
+        chunks: list[Chunk] = []
+        for _ in range(STEPS_PER_TURN):
+            chunks += engine.step()
+            if not engine.num_live:
+                break
+        more = engine.num_live + engine.num_waiting > 0
+        ended = time.perf_counter()
+        self._busy_s += ended - begun
+        self._busy_since = ended if more else 0.0
+        self._stats = {
+            "version": engine.version, "live": engine.num_live, "waiting": engine.num_waiting,
+            "steps": engine.stats.num_steps, "tokens": engine.stats.num_generated_tokens,
+            "prefilled_tokens": engine.stats.num_prefilled_tokens, "busy_s": self._busy_s,
+        }  # fmt: skip
+        return chunks, more
+
+    def _load(self, manifest: Manifest) -> None:
+        """On the actor's thread, hence between two turns."""
+        from .engine import Engine
+
+        tensors = self._receiver.receive(manifest)
+        if self._engine is not None:
+            self._engine.load(manifest.version, tensors)
+            self._stats = {**self._stats, "version": manifest.version}
+            return
+        worker = self._worker
+        self._engine = Engine(
+            worker.model, tensors, version=manifest.version, num_slots=worker.num_slots,
+            max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
+            eos_id=worker.task.eos_id, seed=worker.run.seed, chunk_tokens=worker.chunk_tokens,
+        )  # fmt: skip
+
+
+def _import_torch() -> None:
+    import torch
+
+    torch.set_num_threads(1)
