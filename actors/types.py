@@ -154,7 +154,7 @@ class Trajectory:
         if not len(piece.tokens):
             return
         last = self.segments[-1] if self.segments else None
-        origin = piece.origin or (last and last.origin)
+        origin = piece.origin or (last.origin if last is not None else None)
         if last is not None and (last.version, last.origin) == (piece.version, origin) and _joins(last, piece):
             last.tokens = np.concatenate([last.tokens, piece.tokens])
             last.logprobs = np.concatenate([last.logprobs, piece.logprobs])

@@ -7,6 +7,8 @@ A page may be in the tables of several sequences (they share a beginning); who w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -78,9 +80,10 @@ class PagedCache:
         k, v = self.data[layer][:, ids].transpose(1, 2).flatten(2, 3)[:, :, :end]
         causal = torch.arange(end) <= torch.arange(start, end).unsqueeze(1)
         out = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=causal, enable_gqa=True)
-        return out.transpose(0, 1).flatten(1)
+        flat: Tensor = out.transpose(0, 1).flatten(1)
+        return flat
 
-    def _over_pages(self, positions: np.ndarray, tables: np.ndarray):  # type: ignore[no-untyped-def]
+    def _over_pages(self, positions: np.ndarray, tables: np.ndarray) -> Callable[[int, Tensor], Tensor]:
         config = self.config
         num, length = len(positions), int(positions.max()) + 1
         ids = torch.from_numpy(tables[:, : -(-length // self.page_tokens)].astype(np.int64))
@@ -92,6 +95,7 @@ class PagedCache:
             k, v = self.data[layer][:, ids].transpose(2, 3).flatten(3, 4)
             queries = q.unflatten(1, (config.num_kv_heads, -1))
             scores = (queries @ k.transpose(-1, -2)) * config.head_dim**-0.5 + bias
-            return (torch.softmax(scores, -1) @ v).flatten(1)
+            out: Tensor = (torch.softmax(scores, -1) @ v).flatten(1)
+            return out
 
         return attend
