@@ -10,8 +10,14 @@ import numpy as np
 
 from ..runtime.codec import wire
 
-Finish = Literal["", "stop", "length"]
-"""Why a response ended: "" = it has not (partial), "stop" = end-of-sequence token, "length" = budget used up."""
+Finish = Literal["", "stop", "length", "refused"]
+"""Why a response ended: "" = it has not (partial), "stop" = end-of-sequence token, "length" = budget used up,
+"refused" = the engine could not write it to its end, and nobody judges it."""
+
+
+def refusal_kind(refusal: str) -> str:
+    """What a refusal "kind: why" is counted as."""
+    return refusal.partition(":")[0]
 
 
 @wire
@@ -86,6 +92,7 @@ class Piece(Protocol):
     tokens: np.ndarray
     logprobs: np.ndarray
     finish: Finish
+    refusal: str
 
 
 @wire
@@ -97,6 +104,8 @@ class Trajectory:
     """Index in the group, 0..G-1."""
     segments: list[Segment] = field(default_factory=list)
     finish: Finish = ""
+    refusal: str = ""
+    """Where it was refused: "kind: why"."""
     verdict: Verdict | None = None
     reward: float = 0.0
     """Shaped reward; meaningful only when `verdict` is present and has no error."""
@@ -104,7 +113,7 @@ class Trajectory:
     def append(self, piece: Piece) -> None:
         """Takes the next tokens of the response, in order; they join the last segment if the version is the same."""
         assert not self.finish, f"member {self.member} has ended"
-        self.finish = piece.finish
+        self.finish, self.refusal = piece.finish, piece.refusal
         if not len(piece.tokens):
             return
         last = self.segments[-1] if self.segments else None

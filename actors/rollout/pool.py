@@ -223,9 +223,7 @@ class RolloutPool:
                 late = None
             if can:
                 return min(can, key=lambda w: w.num_unfinished)
-            if all(w.stopped for w in self._writers.values()):
-                ends = (f"{w.name} has stopped for good: {w.stopped}" for w in self._writers.values())
-                raise ActorDied("; ".join(ends))
+            self._require_any()
             self._waiting[least] += 1
             with suppress(TimeoutError):
                 try:
@@ -233,6 +231,12 @@ class RolloutPool:
                         await news.wait()
                 finally:
                     self._waiting[least] -= 1
+
+    def _require_any(self) -> None:
+        """Raises ActorDied if no worker will ever write again."""
+        if all(writer.stopped for writer in self._writers.values()):
+            ends = (f"{writer.name} has stopped for good: {writer.stopped}" for writer in self._writers.values())
+            raise ActorDied("; ".join(ends))
 
     def _count_continued(self, group: Group) -> None:
         """Groups that go on at the same moment are one event."""
@@ -252,7 +256,7 @@ class RolloutPool:
             self._watching[name] = self._actor.background(self._watch(writer), name=f"watch {name}")
 
     async def _watch(self, writer: Writer) -> None:
-        """Follows the incarnations of a worker, and arms each."""
+        """Follows the incarnations of a worker, and arms each. Raises ActorDied when no worker is left."""
         async for status in self._actor.watch(writer.name):
             if status.state != "up" or status.incarnation != writer.incarnation:
                 writer.holds = NOTHING
@@ -261,6 +265,7 @@ class RolloutPool:
                 self._actor.background(self._arm(writer), name=f"arm {writer.name}")
             elif status.state == "stopped" and not writer.leaving:
                 writer.stopped = status.reason or "orderly stop"
+                self._require_any()
             self._tell()
 
     def _tell(self) -> None:

@@ -48,6 +48,8 @@ class Chunk:
     logprobs: np.ndarray
     """float32 [n]: of the behaviour policy, at the sampling temperature"""
     finish: Finish = ""
+    refusal: str = ""
+    """Where it was refused: "kind: why"; the tokens that were written before it are valid."""
 
 
 def check_request(
