@@ -118,9 +118,8 @@ class CopyKeeper:
         if len(family) > 1:
             assert group.parent is not None
             group = self._supervisor.add_group(name, group.strategy, group.policy, group.parent.name)
-        starts = []
-        for member in family:
-            copy = name + member.name.removeprefix(of)
+        starts, copies = [], [name + member.name.removeprefix(of) for member in family]
+        for member, copy in zip(family, copies, strict=True):
             node = home_of(copy)
             self._specs[node] = replace(self._specs.get(member.node) or self._nodes[node].spec, name=node)
             actor: Any = member.actor
@@ -128,15 +127,15 @@ class CopyKeeper:
         try:
             await asyncio.gather(*starts)
         except BaseException:
-            await self._remove(name)
+            await self._end(name, copies)
             raise
 
     async def _remove(self, name: str) -> None:
-        family = self._family(name)
-        why = Exit(kind="stopped", detail="fewer are wanted")
-        await self._children.dismiss([member.name for member in family], why)
+        await self._end(name, [member.name for member in self._family(name)])
+
+    async def _end(self, name: str, copies: list[str]) -> None:
+        """Stops a copy, its ranks if it has several, and the nodes that were made for it."""
+        await self._children.dismiss(copies, Exit(kind="stopped", detail="fewer are wanted"))
         if name in self._supervisor.groups:
             self._supervisor.remove_group(name)
-        await asyncio.gather(
-            *(self._nodes.close(member.node) for member in family if member.node == home_of(member.name))
-        )
+        await asyncio.gather(*(self._nodes.close(home_of(copy)) for copy in copies))
