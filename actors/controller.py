@@ -418,6 +418,16 @@ class Controller(Actor):
         self._draining.set()
         self.telemetry.say("draining: finishing the step and writing a checkpoint; Ctrl-C again stops at once")
 
+    @message(concurrent=True, lane=Lane.CONTROL, deadline_s=600.0)
+    async def resize_rollout(self, count: int) -> list[str]:
+        """Goes on with `count` rollout workers; returns their names. Raises ValueError for less than one."""
+        return await self.rollout.resize(count)
+
+    @message(concurrent=True, lane=Lane.CONTROL)
+    async def rollout_workers(self) -> list[dict[str, Any]]:
+        """See RolloutPool.status."""
+        return self.rollout.status()
+
     @message(concurrent=True, lane=Lane.CONTROL, deadline_s=3600.0)
     async def progress(self) -> AsyncIterator[dict[str, Any]]:
         """Streams what a screen shows, at most a few times a second; ends with the run."""
