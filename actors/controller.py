@@ -53,7 +53,7 @@ from .trainer.actor import Trainer
 from .trainer.critic import Critic
 from .trainer.durable import DurableCritic, DurableTrainer
 from .trainer.settings import RlSettings, SftSettings
-from .types import Group, Prompt, Trajectory
+from .types import Group, Prompt, Trajectory, refusal_kind
 
 LEASE_S = 600.0
 """Longest wait for a training batch; past it the run is given up, and says what it waited for."""
@@ -161,7 +161,8 @@ class Controller(Actor):
     async def _first_rollout(self) -> None:
         """One group through the whole stream before anything is trained: what is broken shows at once."""
         group = self._group(self.task.evaluation_set(self.run.seed, 1)[0])
-        await self._generate(group)
+        if failure := await self._generate(group):
+            raise RuntimeError(f"the first rollout was refused: {failure}")
         await self._judge(group)
         self.log("first_rollout", after_s=round(self.telemetry.elapsed_s, 2), tokens=group.num_tokens)
 
@@ -258,8 +259,7 @@ class Controller(Actor):
     async def _complete(self, group: Group) -> None:
         """Takes one group from wherever it stands into the pool, or out of the stream."""
         ordinal, ledger = group.prompt.ordinal, self.ledger
-        await self._generate(group)
-        failure = await self._judge(group)
+        failure = await self._generate(group) or await self._judge(group)
         if not failure:
             self.telemetry.judged(group)
             self.questions.observe(group, mixed=has_signal(group))
@@ -272,7 +272,7 @@ class Controller(Actor):
             if not failure:
                 ledger.filter(ordinal)
             else:
-                kind = failure.partition(":")[0]
+                kind = refusal_kind(failure)
                 if kind not in ledger.reasons:
                     self.log("group_failed", ordinal=ordinal, reason=failure)
                 ledger.fail(ordinal, kind, group.num_tokens)
@@ -280,9 +280,13 @@ class Controller(Actor):
         del self.state.in_flight[ordinal]
         self._room.set()
 
-    async def _generate(self, group: Group) -> None:
+    async def _generate(self, group: Group) -> str:
+        """Answers. Returns "kind: why" if the engine refused so many of them that the group fails."""
         tokens, temperature = self.rl.max_new_tokens, self.rl.temperature
         await finish_answers(self.rollout, [group], max_new_tokens=tokens, temperature=temperature)
+        refusals = [t.refusal for t in group.trajectories if t.finish == "refused"]
+        group.trajectories = [t for t in group.trajectories if t.finish != "refused"]
+        return refusals[0] if refusals and len(group.trajectories) < self.rl.min_group_size else ""
 
     async def _judge(self, group: Group) -> str:
         """Verdicts, then rewards. Returns "kind: why" if the group fails: an error is never a zero reward."""

@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from headrace.runtime import exchange
 from headrace.runtime.codec import decode, encode
 from headrace.runtime.errors import BadWeights, CorruptWeights, ExchangeFull, StaleIncarnation
-from headrace.runtime.exchange import Publisher, Receiver
+from headrace.runtime.exchange import Publisher, Receiver, shm
 
 
 @pytest.fixture
@@ -186,7 +185,7 @@ def test_a_hostile_manifest_leads_nowhere(data):
 
 def test_too_little_memory_is_one_clear_error(publisher, receiver, monkeypatch):
     good = publisher.publish(0, weights(0, n=10))
-    monkeypatch.setattr(exchange, "available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(shm, "available_bytes", lambda: 1 << 20)
     with pytest.raises(ExchangeFull, match=r"can't get 4 MiB .* policy: only 1 MiB of memory are available; free"):
         publisher.publish(1, weights(1, n=1 << 20))
     assert publisher.manifest is good and (receiver.receive(good)["a"] == 0).all()

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import memfd
-from .codec import wire
-from .errors import BadWeights, CorruptWeights, ExchangeFull, StaleIncarnation
-from .memfd import available_bytes
+from .. import memfd
+from ..codec import wire
+from ..errors import BadWeights, CorruptWeights, ExchangeFull, StaleIncarnation
+from ..memfd import available_bytes
 
 BUCKET_BYTES = 1 << 20
 """Bytes per checksum; small enough that a bucket is verified while it is still in the cache."""
