@@ -71,7 +71,9 @@ class Mesh:
                 f"ep must divide [model] num_experts ({config.num_experts}), got {self.ep}; set it to a divisor"
             )
         if self.spare_experts and self.ep == 1:
-            raise ValueError("spare_experts are replicas on other ranks, so they need ep > 1; raise ep or set them to 0")
+            raise ValueError(
+                "spare_experts are replicas on other ranks, so they need ep > 1; raise ep or set them to 0"
+            )
         if self.slots_per_rank(config.num_experts) > config.num_experts:
             raise ValueError(
                 f"spare_experts must be at most {config.num_experts - config.num_experts // self.ep}, with which every "
