@@ -1,6 +1,6 @@
 """When the experts of a rollout worker move to other slots: by the load of its own tokens, every so many steps.
 
-    saw(ids) of each step --sum--> every `steps`: a placement that pays for its moves, on a thread of its own --> wanted()
+    saw(ids) of each step --sum, every `steps`--> a placement that pays for its moves, on a thread --> wanted()
 
 The judgement is that of the balancer (balancer/fleet.py). Knows nothing of how experts move.
 """
@@ -30,8 +30,8 @@ class Balancing:
     horizon: int = 4
     """So many times `steps` a placement is expected to hold: what it saves must pay for the moves in that time."""
     move_pairs: float = 14_000.0
-    """Cost of moving an expert: (token, choice) pairs that a rank could compute meanwhile. A pair takes 2 operations for
-    each of the expert's weights, a copy moves 2 bytes: at 700 TFLOP/s and 50 GB/s 14,000 pairs."""
+    """Cost of moving an expert: (token, choice) pairs that a rank could compute meanwhile. A pair takes 2 operations
+    for each of the expert's weights, a copy moves 2 bytes: at 700 TFLOP/s and 50 GB/s 14,000 pairs."""
 
 
 class Balance:

@@ -20,7 +20,6 @@ from .link import Link
 from .part import Part, as_arrays, first_placements, from_arrays
 from .rank import SPLIT_TOKENS, Rank, RankWeights, prepare
 
-
 MOST_TAKEN = 3
 """Versions that a rank has prepared and not loaded: one is prepared while one before it waits for its turn."""
 
