@@ -1,4 +1,4 @@
-"""A communicator library without GPUs, on a loop without waiting: it moves versions of buckets, and fails as a script says.
+"""A communicator library without GPUs, on a loop without waiting: it moves versions of buckets and fails by a script.
 
     World(faults)    what all members share; the n-th call of a step at a member hangs, fails, or ends its process
     Process          one member: a real Communicator, memory that holds a version per bucket, restarts when it dies
@@ -18,6 +18,7 @@ from typing import Any
 
 from headrace.runtime.errors import ActorDied, CommunicatorHung, TransferFailed
 from headrace.runtime.exchange.communicator import Communicator, Fabric, Limits, Part, Wave
+from headrace.runtime.exchange.header import Manifest, Route
 
 LIMITS = Limits(init_s=2.0, look_s=0.5, abort_s=0.5, poll_s=0.05, check_s=0.1)
 DEADLINE_S = 5.0
@@ -70,6 +71,8 @@ class World:
     def __init__(self, script: Sequence[Fault]) -> None:
         self.script = list(script)
         self.struck: list[Fault] = []
+        self.always: Fault | None = None
+        """Strikes every time."""
         self.calls: Counter[tuple[str, str]] = Counter()
         self.joined: dict[bytes, dict[int, ScriptedFabric]] = defaultdict(dict)
         self.complete: dict[bytes, asyncio.Event] = defaultdict(asyncio.Event)
@@ -77,6 +80,8 @@ class World:
     def at(self, process: Process, step: str) -> str:
         """A call is made: in which way it fails, if it does."""
         self.calls[process.name, step] += 1
+        if self.always and (self.always.member, self.always.step) == (process.name, step):
+            return self.always.way
         if not self.script or (fault := self.script[0]).member != process.name or fault.step != step:
             return ""
         if self.calls[process.name, step] < fault.nth:
@@ -197,6 +202,8 @@ class ScriptedLane:
 
     def start(self, function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self.process.dead:
+            return outcome
         self.running += 1
         self.process.task(self._run(outcome, function, args))
         return outcome
@@ -258,6 +265,10 @@ class Process:
         self.reborn = asyncio.get_running_loop().create_task(self._restart())
 
     async def _restart(self) -> None:
+        while self.tasks:
+            for task in self.tasks:  # Nothing goes on in a process that is dead, no clearing up either.
+                task.cancel()
+            await asyncio.sleep(0)
         await asyncio.sleep(RESTART_S)
         self._begin()
 
@@ -274,22 +285,50 @@ class Process:
             raise ActorDied(f"{self.name} died: {self.deaths[-1:]}")
         return task.result()
 
-    async def transfer(self, version: int, epoch: int, members: tuple[str, ...], token: bytes) -> None:
-        """Takes part; a receiver swaps only when all has come."""
-        rank = members.index(self.name)
-        receivers = [r for r, name in enumerate(members) if name not in PUBLISHERS]
+    @property
+    def version(self) -> int:
+        """What it serves; -1 for a mixture."""
+        return self.live[0] if len(set(self.live)) == 1 else -1
+
+    async def open(self, epoch: int) -> bytes:
+        async def open() -> bytes:
+            return b"%d" % epoch
+
+        return bytes(await self.ask(open()))
+
+    async def transfer(self, manifest: Manifest, route: Route) -> None:
+        await self.ask(self._transfer(manifest.version, route))
+
+    async def retire(self, epoch: int) -> None:
+        if not self.dead:
+            self.communicator.tell(epoch, "another member has failed")
+        await self.ask(self._retire(epoch))
+
+    async def _transfer(self, version: int, route: Route) -> None:
+        """A receiver swaps only when all has come."""
+        receivers = [rank for rank, name in enumerate(route.members) if name not in PUBLISHERS]
         if self.name in PUBLISHERS:
             self.live = [version] * NUM_BUCKETS
+        await self._or_die(
+            self.communicator.transfer(
+                route.epoch, lambda fabric: self._waves(route.rank, receivers), rank=route.rank,
+                size=len(route.members), token=route.token, deadline_s=route.deadline_s, stall_s=route.stall_s,
+            )
+        )  # fmt: skip
+        if self.name not in PUBLISHERS:
+            self.live = list(self.second)
+
+    async def _retire(self, epoch: int) -> None:
+        while self.communicator.waits():  # noqa: ASYNC110 (as a thread would wait for the other)
+            await asyncio.sleep(0.01)
+        await self._or_die(self.communicator.retire(epoch))
+
+    async def _or_die(self, work: Coroutine[Any, Any, None]) -> None:
         try:
-            await self.communicator.transfer(
-                epoch, lambda fabric: self._waves(rank, receivers), rank=rank, size=len(members), token=token,
-                deadline_s=DEADLINE_S, stall_s=STALL_S,
-            )  # fmt: skip
+            await work
         except CommunicatorHung as hung:
             self.die(str(hung))
             raise
-        if self.name not in PUBLISHERS:
-            self.live = list(self.second)
 
     def _waves(self, rank: int, receivers: list[int]) -> list[Wave]:
         """Bucket 0 goes to each receiver by itself, from the first publisher, bucket 1 from the second, 2 to all."""
@@ -308,11 +347,3 @@ class Process:
             raise TransferFailed("pack: an illegal memory access was encountered")
         if way:
             raise _Hang(asyncio.Event())
-
-    async def retire(self, epoch: int) -> None:
-        """Whether it is alive, and rid of the communicators up to this epoch."""
-        try:
-            await self.communicator.retire(epoch)
-        except CommunicatorHung as hung:
-            self.die(str(hung))
-            raise

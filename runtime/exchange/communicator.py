@@ -19,7 +19,6 @@ weights, versions or cupy.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -31,8 +30,8 @@ from .lane import Lane, ThreadLane, ended
 class Fabric(Protocol):
     """A communicator of the library, before and after it was formed; made anew for each epoch.
 
-    Raises TransferFailed for what the library reports. `init` to `record` are called from one thread, `done` and `check`
-    from another, `abort` from a third at any time; `finalize` when nothing is under way.
+    Raises TransferFailed for what the library reports. `init` to `record` are called from one thread, `done` and
+    `check` from another, `abort` from a third at any time; `finalize` when nothing is under way.
     """
 
     def init(self, size: int, token: bytes, rank: int) -> None:
@@ -263,8 +262,9 @@ class Communicator:
                 if finished > before:
                     since = clock()
                 elif clock() - since > stall_s:
-                    raise TransferFailed(f"{self._where()}: nothing has come or gone for {stall_s:.3g} s ({finished} of "
-                                         f"{len(waves)} waves are done)")  # fmt: skip
+                    raise TransferFailed(
+                        f"{self._where()}: nothing moved for {stall_s:.3g} s ({finished} of {len(waves)} waves)"
+                    )
                 if clock() > run.due:
                     raise TransferFailed(f"{self._where()}: the deadline has passed ({finished} of {len(waves)} waves)")
                 if finished < len(waves) or not enqueued.done():
@@ -307,7 +307,9 @@ class Communicator:
         look = self._looks.start(_looked, self._fabric, run.events, finished, check)
         try:
             if not await ended(look, self._limits.look_s):
-                raise TransferFailed(f"{self._where()}: a look at its events has not returned in {self._limits.look_s:g} s")
+                raise TransferFailed(
+                    f"{self._where()}: a look at its events has not returned in {self._limits.look_s:g} s"
+                )
             return int(look.result())
         finally:
             _give_up(look)
