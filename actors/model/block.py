@@ -139,7 +139,11 @@ def route(config: ModelConfig, x: Tensor, w: LayerWeights) -> Gate:
 
 def mix(x: Tensor, w: LayerWeights, gate: Gate) -> tuple[Tensor, Rows]:
     """What the chosen experts add to the residual stream, [T, d], for x [T, d] after the norm."""
-    num_experts, num_chosen = gate.probs_TE.shape[1], gate.ids_TK.shape[1]
-    rows = align(gate.ids_TK, num_experts)
-    inner, up = grouped_linear(permute(x, rows, num_chosen), w.gate_up, rows.ends_E).chunk(2, dim=-1)
-    return unpermute(grouped_linear(F.silu(inner) * up, w.down, rows.ends_E), rows, gate.weights_TK), rows
+    rows = align(gate.ids_TK, gate.probs_TE.shape[1])
+    return experts(x, w, rows, gate.weights_TK), rows
+
+
+def experts(x: Tensor, w: LayerWeights, rows: Rows, weights: Tensor) -> Tensor:
+    """The same for pairs in `rows`, sorted by the experts that `w` has; `weights` [T, K] are those of the pairs."""
+    inner, up = grouped_linear(permute(x, rows, weights.shape[1]), w.gate_up, rows.ends_E).chunk(2, dim=-1)
+    return unpermute(grouped_linear(F.silu(inner) * up, w.down, rows.ends_E), rows, weights)
