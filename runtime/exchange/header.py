@@ -22,7 +22,7 @@ import xxhash
 from ..codec import Buffer, wire
 from ..errors import CorruptWeights
 
-BUCKET_BYTES = 1 << 20
+BUCKET_BYTES = 1 << 19
 """Bytes per checksum; few enough that a bucket is hashed while it is still in the cache."""
 
 ALIGN = 64
