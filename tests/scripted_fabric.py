@@ -27,7 +27,7 @@ RESTART_S = 0.2
 NUM_BUCKETS = 3
 PUBLISHERS = ("p0", "p1")
 
-IN_A_GROUP = "pack group_start send receive broadcast group_end record".split()
+IN_A_GROUP = "run group_start send receive group_end record".split()
 WAYS = {
     "init": ("error", "stuck", "die"),
     **dict.fromkeys(IN_A_GROUP, ("error", "hang", "stuck", "die")),
@@ -128,6 +128,10 @@ class ScriptedFabric:
             raise _Hang(self.world.complete[token])
         self.world.complete[token].set()
 
+    def run(self, work: Callable[[], None]) -> None:
+        self._at("run")
+        work()
+
     def group_start(self) -> None:
         self._at("group_start")
         self.grouped = []
@@ -139,10 +143,6 @@ class ScriptedFabric:
     def receive(self, address: int, num_bytes: int, peer: int) -> None:
         self._at("receive")
         self.grouped.append(("receive", address, peer))
-
-    def broadcast(self, address: int, num_bytes: int, root: int) -> None:
-        self._at("broadcast")
-        self.grouped.append(("broadcast", address, root))
 
     def group_end(self) -> None:
         self._at("group_end")
@@ -176,15 +176,12 @@ class ScriptedFabric:
         mate = self.mates.get(peer)
         if self.stalled or self.ended or mate is None or mate.ended or mate.process.dead:
             return False
-        if what == "broadcast" and peer == self.rank:
-            return True
-        half = (what, peer) if what == "broadcast" else ({"send": "receive", "receive": "send"}[what], self.rank)
-        mine = (what, peer)
-        nth = sum((w, p) == mine for w, _, p in self.operations[:index])
+        half = ({"send": "receive", "receive": "send"}[what], self.rank)
+        nth = sum((w, p) == (what, peer) for w, _, p in self.operations[:index])
         halves = [b for w, b, p in mate.operations if (w, p) == half]
         if nth >= len(halves):
             return False
-        if what != "send":
+        if what == "receive":
             self.process.second[bucket] = mate.process.live[halves[nth]]
         return True
 
@@ -331,19 +328,10 @@ class Process:
             raise
 
     def _waves(self, rank: int, receivers: list[int]) -> list[Wave]:
-        """Bucket 0 goes to each receiver by itself, from the first publisher, bucket 1 from the second, 2 to all."""
+        """Buckets 0 and 2 go to each receiver from the first publisher, bucket 1 from the second."""
         waves = []
-        for bucket in (0, 1):
-            sends = [Part(r, bucket, 1) for r in receivers] if rank == bucket else []
-            receives = [Part(bucket, bucket, 1)] if rank in receivers else []
-            waves.append(Wave(label=f"bucket {bucket}", sends=sends, receives=receives, before=self._pack))
-        return [*waves, Wave(label="bucket 2", broadcasts=[Part(0, 2, 1)])]
-
-    def _pack(self) -> None:
-        way = self.world.at(self, "pack")
-        if way == "die":
-            self.die("killed")
-        if way == "error":
-            raise TransferFailed("pack: an illegal memory access was encountered")
-        if way:
-            raise _Hang(asyncio.Event())
+        for bucket in range(NUM_BUCKETS):
+            sends = [Part(r, bucket, 1) for r in receivers] if rank == bucket % 2 else []
+            receives = [Part(bucket % 2, bucket, 1)] if rank in receivers else []
+            waves.append(Wave(label=f"bucket {bucket}", sends=sends, receives=receives))
+        return waves

@@ -37,13 +37,14 @@ class Fabric(Protocol):
     def init(self, size: int, token: bytes, rank: int) -> None:
         """Returns when all `size` members have called it."""
 
+    def run(self, work: Callable[[], None]) -> None:
+        """Calls `work`, which enqueues; it happens in order with what is sent and received."""
+
     def group_start(self) -> None: ...
 
     def send(self, address: int, num_bytes: int, peer: int) -> None: ...
 
     def receive(self, address: int, num_bytes: int, peer: int) -> None: ...
-
-    def broadcast(self, address: int, num_bytes: int, root: int) -> None: ...
 
     def group_end(self) -> None: ...
 
@@ -68,7 +69,7 @@ class Part:
     """Bytes to or from one peer."""
 
     peer: int
-    """Rank; of a broadcast, the one that has the bytes."""
+    """Rank"""
     address: int
     num_bytes: int
 
@@ -84,9 +85,8 @@ class Wave:
     label: str
     sends: Sequence[Part] = ()
     receives: Sequence[Part] = ()
-    broadcasts: Sequence[Part] = ()
     before: Callable[[], None] = _nothing
-    """Enqueues, on the fabric's stream, what makes the bytes ready to be sent."""
+    """Enqueues what makes the bytes ready to be sent."""
     after: Callable[[], None] = _nothing
     """Enqueues what is to be done with those that came."""
 
@@ -277,7 +277,7 @@ class Communicator:
         """On the lane for calls."""
         for wave in waves:
             self._note(run, "pack", wave)
-            wave.before()
+            fabric.run(wave.before)
             self._note(run, "group start", wave)
             fabric.group_start()
             for part in wave.sends:
@@ -286,13 +286,10 @@ class Communicator:
             for part in wave.receives:
                 self._note(run, "receive", wave)
                 fabric.receive(part.address, part.num_bytes, part.peer)
-            for part in wave.broadcasts:
-                self._note(run, "broadcast", wave)
-                fabric.broadcast(part.address, part.num_bytes, part.peer)
             self._note(run, "group end", wave)
             fabric.group_end()
             self._note(run, "unpack", wave)
-            wave.after()
+            fabric.run(wave.after)
             self._note(run, "event", wave)
             run.events.append(fabric.record())
 
