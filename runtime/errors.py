@@ -133,6 +133,16 @@ class BadWeights(RuntimeFault):
     """A publisher refused weights: not finite, or of a dtype that can't travel. The version before stays published."""
 
 
+class TransferFailed(RuntimeFault):
+    """A transfer of weights ended before its end: aborted, or a carrier reported an error. The version before stays
+    whole; the exchange repeats the transfer under a higher epoch."""
+
+
+class CommunicatorHung(TransferFailed):
+    """A call of the library that carries weights did not return, not even after an abort. The process in which it hangs
+    must end, and ends itself once this is reported; its supervisor starts it again."""
+
+
 class ExchangeFull(RuntimeFault):
     """There is not enough memory to publish weights. The version before stays published."""
 
