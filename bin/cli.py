@@ -68,10 +68,10 @@ def launch_main(arguments: Sequence[str]) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    with _uninterrupted():
+    with _uninterrupted():  # Classes of the file's actors are imported, too.
         from .actors.job import load_job
 
-    job = load_job(options.cluster, options.set)
+        job = load_job(options.cluster, options.set)
     if options.check:
         print(job.describe())
         return 0
