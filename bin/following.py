@@ -46,6 +46,8 @@ class Following:
             "tokens": {"sampled": 0, "trained": 0}, "ok": False, "reason": "",
         }  # fmt: skip
         """See SUMMARY in actors/report.py; the rest of its keys come with `conclude`."""
+        self.up = asyncio.Event()
+        """Set when all actors are up."""
         self._system = system
         self._job = job
         self._dir = run
@@ -58,6 +60,7 @@ class Following:
         Raises LaunchError if it fails again and again, and what `start_actors` raises.
         """
         await start_actors(self._system, self._job.cluster)
+        self.up.set()
         furthest, failures = (-1, 0), 0
         while True:
             await self._system.node.directory.when_up("controller")
