@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .following import Following, start_actors
+from .following import Following, position, start_actors
 from .runtime import Actor, NodeSpec, Ref, RestartPolicy, System
 from .runtime.errors import RuntimeFault
 
@@ -156,14 +156,14 @@ class Cluster:
 
         Raises RuntimeFault if it fails, and TypeError if this cluster trains nothing.
         """
-        seen, shown = self._job(), 0
+        seen, last = self._job(), (-1, 0)
         assert self._ended is not None
         while True:
             changed, over = self._changed, self._ended.done()
-            rows = seen.state["rows"]
-            for row in rows[shown:]:
+            # A controller that comes back tells its rows again.
+            for row in [row for row in seen.state["rows"] if position(row) > last]:
+                last = position(row)
                 yield row
-            shown = len(rows)
             if over:
                 break
             await changed.wait()

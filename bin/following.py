@@ -74,7 +74,7 @@ class Following:
                     self._take(update)
                     if update["done"]:
                         return
-                    if self.state["rows"] and (reached := _position(self.state["rows"][-1])) > furthest:
+                    if self.state["rows"] and (reached := position(self.state["rows"][-1])) > furthest:
                         furthest, failures = reached, 0
             except ActorDied:
                 failures += 1
@@ -132,7 +132,7 @@ async def _spawn(group: System | ActorGroup, spec: ActorSpec) -> None:
         raise RemoteError(f"{spec.name} did not start: {why}", error.remote_type, error.remote_traceback) from None
 
 
-def _position(row: dict[str, Any]) -> tuple[int, int]:
+def position(row: dict[str, Any]) -> tuple[int, int]:
     """Rows of a run in order."""
     from .actors.report import STAGES
 

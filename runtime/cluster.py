@@ -132,7 +132,8 @@ def load_cluster(
 ) -> tuple[ClusterSpec, dict[str, Any]]:
     """Builds everything that `document` describes; `tables` are the dataclasses of further top-level tables.
 
-    `may_be_empty`: actors may come from elsewhere, so that there need be none here. Returns the cluster and the further tables by name. Raises ConfigError for the first mistake.
+    `may_be_empty`: actors may come from elsewhere, so that there need be none here. Returns the cluster and the further
+    tables by name. Raises ConfigError for the first mistake.
     """
     known = ["run", "nodes", "groups", "actors", *tables]
     for name, value in document.table.items():
