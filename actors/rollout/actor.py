@@ -3,9 +3,8 @@
     generate.stream(requests) --> [Chunk, ...] as tokens come      load(manifest) --> weights swapped between two steps
 
 What generates is a backend: the engine of this project on the actor's own thread (local.py), or a server of others that
-speaks OpenAI's completions (openai/). Leaving a stream cancels
-its requests. A worker that was killed has lost nothing but the tokens since its last chunks: ask another one to go on
-from them.
+speaks OpenAI's completions (openai/). Leaving a stream cancels its requests. A worker that was killed has lost nothing
+but the tokens since its last chunks: ask another one to go on from them.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from ..model.config import ModelConfig
 from ..trainer.settings import RlSettings
 from .backend import Backend
 from .openai.settings import ServerSettings, check_base_url
+from .precision import Precision
 from .requests import Chunk, Request
 
 WEIGHTS_S = 240.0
@@ -47,6 +47,8 @@ class Rollout(Actor):
     """Responses that are generated at once."""
     chunk_tokens: Annotated[int, Ge(1)] = 32
     """Tokens of a response between two chunks: what a kill costs at most."""
+    precision: Precision = field(default_factory=Precision)
+    """Which phases compute in FP8, and when they are to fall back; of our own engine."""
 
     engine: Literal["headrace", "openai"] = "headrace"
     """"openai": a server at `base_url` generates, as `server` says."""
