@@ -242,7 +242,8 @@ class Desk:
 
     async def change(self, name: str, value: Any) -> Row:
         """Changes a setting; see LiveSettings.change."""
-        return await self._on_root(self._live.change(list(self._children.table.values()), name, value))
+        done: Row = await self._on_root(self._live.change(list(self._children.table.values()), name, value))
+        return done
 
     # Inside -------------------------------------------------------------------------------------------------
 

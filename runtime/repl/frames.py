@@ -75,7 +75,7 @@ def _is_json(value: Any, depth: int) -> bool:
     if value is None or kind in (bool, str, int):
         return kind is not int or abs(value) < 2**63
     if kind is float:
-        return value - value == 0.0  # neither NaN nor infinite
+        return bool(value - value == 0.0)  # neither NaN nor infinite
     if depth > 8 or kind not in (list, dict) or len(value) > _LARGE:
         return False
     if kind is dict:

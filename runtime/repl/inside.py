@@ -13,7 +13,7 @@ import asyncio
 import threading
 import traceback
 from collections.abc import AsyncIterator, Coroutine, Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..actor import Actor, message
 from ..errors import ActorDied
@@ -222,7 +222,7 @@ class _Stepped:
         self._hold = hold
 
     def __await__(self) -> Generator[Any, Any, None]:
-        return self  # type: ignore[return-value]
+        return cast("Generator[Any, Any, None]", self)
 
     def __iter__(self) -> _Stepped:
         return self

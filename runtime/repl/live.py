@@ -51,7 +51,7 @@ class LiveSettings:
 
     def applied(self, actor: Actor) -> Actor:
         """The actor with what was changed, before it is started."""
-        tables = {}
+        tables: dict[str, Any] = {}
         for path in type(actor).live:
             if path in self.changed:
                 tables |= _with(actor, path, self.changed[path], tables)

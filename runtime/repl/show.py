@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
+from collections.abc import Callable
 from typing import Any
 
 MAX_CHARS = 10_000
@@ -30,7 +31,10 @@ class _Short(reprlib.Repr):
     def repr1(self, x: Any, level: int) -> str:
         if dataclasses.is_dataclass(x) and not isinstance(x, type) and hasattr(type(x).__repr__, "__wrapped__"):
             return self._fields(x, level)  # Its repr was made by @dataclass.
-        for kind, method in ((dict, self.repr_dict), (list, self.repr_list), (str, self.repr_str)):
+        plain: tuple[tuple[type, Callable[[Any, int], str]], ...] = (
+            (dict, self.repr_dict), (list, self.repr_list), (str, self.repr_str),
+        )  # fmt: skip
+        for kind, method in plain:
             if isinstance(x, kind) and type(x).__repr__ is kind.__repr__:
                 return method(x, level)
         if isinstance(x, bytes | bytearray) and len(x) > self.maxstring:

@@ -56,7 +56,8 @@ class Snippet:
                 self.value = result
 
     def _compile(self, tree: ast.Module | ast.Expression, mode: str) -> CodeType:
-        return compile(tree, self.name, mode, flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        code: CodeType = compile(tree, self.name, mode, flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        return code
 
 
 def trace_of(error: BaseException) -> str:
