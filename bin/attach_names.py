@@ -101,7 +101,7 @@ class Exposed:
         return [name.rstrip("(") for name in names if not name.startswith("_")]
 
     def __repr__(self) -> str:
-        return f"<{self._name} of {self._actor}>"
+        return str(self._link.ask("peek", actor=self._actor, path=self._name))
 
 
 class Cluster:

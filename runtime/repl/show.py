@@ -35,7 +35,8 @@ class _Short(reprlib.Repr):
             (dict, self.repr_dict), (list, self.repr_list), (str, self.repr_str),
         )  # fmt: skip
         for kind, method in plain:
-            if isinstance(x, kind) and type(x).__repr__ is kind.__repr__:
+            own: Any = type(x).__repr__
+            if isinstance(x, kind) and own is kind.__repr__:
                 return method(x, level)
         if isinstance(x, bytes | bytearray) and len(x) > self.maxstring:
             return f"{bytes(x[:100])!r}... ({len(x)} bytes)"
