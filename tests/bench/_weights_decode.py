@@ -58,7 +58,9 @@ async def measure_decode(nbytes: int, rounds: int, say: Say) -> dict[str, float]
     config = model_of(nbytes)
     random = np.random.default_rng(0)
     tensors = {
-        name: np.ones(shape, np.float32) if len(shape) == 1 else random.standard_normal(shape, np.float32) * np.float32(0.02)
+        name: np.ones(shape, np.float32)
+        if len(shape) == 1
+        else random.standard_normal(shape, np.float32) * np.float32(0.02)
         for name, (_, shape) in trainer_holding(config).local(0).items()
     }
     with TemporaryDirectory() as folder:
@@ -77,8 +79,8 @@ async def measure_decode(nbytes: int, rounds: int, say: Say) -> dict[str, float]
 async def _spawn(system: System, config: ModelConfig, folder: Path, index: int) -> Ref:
     job = load_job(CLUSTER)
     worker = TimedRollout(
-        run=RunSpec(path=folder, seed=index), model=config, task=job.task, num_slots=SEQUENCES,
-        rl=replace(job.rl, max_new_tokens=LENGTH),
+        run=RunSpec(name=f"worker{index}", seed=index, directory=str(folder)), model=config, task=job.task,
+        num_slots=SEQUENCES, rl=replace(job.rl, max_new_tokens=LENGTH),
     )  # fmt: skip
     return await system.spawn(worker, name=f"worker_{index}", node=f"worker_{index}")
 

@@ -1,4 +1,4 @@
-"""The rollout worker that weights.py watches while it is given weights. A module of its own: node processes import it."""
+"""The rollout worker that weights.py watches while it is given weights. Node processes import it by this name."""
 
 from __future__ import annotations
 
