@@ -10,8 +10,50 @@ import numpy as np
 
 from ..runtime.codec import wire
 
-Finish = Literal["", "stop", "length"]
-"""Why a response ended: "" = it has not (partial), "stop" = end-of-sequence token, "length" = budget used up."""
+Finish = Literal["", "stop", "length", "refused"]
+"""Why a response ended: "" = it has not (partial), "stop" = end-of-sequence token or a stop sequence, "length" = budget
+used up, "refused" = it failed for good: an error, never a wrong answer (`Trajectory.refusal` says why)."""
+
+
+def refusal_kind(refusal: str) -> str:
+    """What a refusal "kind: why" is counted as."""
+    return refusal.partition(":")[0]
+
+
+@wire
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Sampling:
+    """How tokens are drawn from logits, and what ends a response."""
+
+    temperature: float = 1.0
+    """0 decodes greedily, with log-probabilities at temperature 1."""
+    top_k: int = 0
+    """Only the k likeliest tokens may be drawn; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens whose probabilities sum to top_p may be drawn, at least one; above 0."""
+    min_p: float = 0.0
+    """Only tokens at least min_p times as likely as the likeliest may be drawn."""
+    stop: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that end a response, itself the last of it."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response as soon as its detokenized end has one; needs an engine with a detokenizer."""
+    max_new_tokens: int = 0
+    """Tokens of a whole response, at most."""
+
+
+@wire
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Origin:
+    """What generated some tokens: with prompt, member and the versions' weights, all that is needed to do it again."""
+
+    engine: str
+    """Its name and settings, as "headrace page_tokens=16 ..."."""
+    worker: str
+    seed: int
+    sampling: Sampling
+    precision: str = "float32"
+    exact: bool = False
+    """Whether the engine's batch shapes are fixed: then every bit comes again, else all but the rounding of logits."""
 
 
 @wire
@@ -41,6 +83,10 @@ class Segment:
     """int32 [n]"""
     logprobs: np.ndarray
     """float32 [n]: behaviour log-probabilities, at the sampling temperature"""
+    routes: np.ndarray | None = None
+    """uint8 or uint16 [rows, L, K]: experts of each layer and choice, None where nobody asked. A row for the input
+    before each token: the first segment has those of the prompt, too, P - 1 more than tokens."""
+    origin: Origin | None = None
 
 
 @wire
@@ -86,6 +132,9 @@ class Piece(Protocol):
     tokens: np.ndarray
     logprobs: np.ndarray
     finish: Finish
+    refusal: str
+    routes: np.ndarray | None
+    origin: Origin | None
 
 
 @wire
@@ -97,6 +146,8 @@ class Trajectory:
     """Index in the group, 0..G-1."""
     segments: list[Segment] = field(default_factory=list)
     finish: Finish = ""
+    refusal: str = ""
+    """Of a response that was refused: "kind: why"."""
     verdict: Verdict | None = None
     reward: float = 0.0
     """Shaped reward; meaningful only when `verdict` is present and has no error."""
@@ -104,15 +155,23 @@ class Trajectory:
     def append(self, piece: Piece) -> None:
         """Takes the next tokens of the response, in order; they join the last segment if the version is the same."""
         assert not self.finish, f"member {self.member} has ended"
-        self.finish = piece.finish
+        self.finish, self.refusal = piece.finish, piece.refusal
         if not len(piece.tokens):
             return
         last = self.segments[-1] if self.segments else None
-        if last is not None and last.version == piece.version:
+        origin = piece.origin or (last.origin if last is not None else None)
+        if last is not None and (last.version, last.origin) == (piece.version, origin) and _joins(last, piece):
             last.tokens = np.concatenate([last.tokens, piece.tokens])
             last.logprobs = np.concatenate([last.logprobs, piece.logprobs])
+            if last.routes is not None and piece.routes is not None:
+                last.routes = np.concatenate([last.routes, piece.routes])
         else:
-            self.segments.append(Segment(version=piece.version, tokens=piece.tokens, logprobs=piece.logprobs))
+            self.segments.append(
+                Segment(
+                    version=piece.version, tokens=piece.tokens, logprobs=piece.logprobs, routes=piece.routes,
+                    origin=origin,
+                )
+            )  # fmt: skip
 
     def tokens(self) -> np.ndarray:
         """All response tokens, int32 [n]."""
@@ -125,6 +184,24 @@ class Trajectory:
     def versions(self) -> np.ndarray:
         """Policy version of each token, int32 [n]."""
         return _join([np.full(len(s.tokens), s.version) for s in self.segments], np.int32)
+
+    def routes(self, prompt_tokens: int) -> np.ndarray | None:
+        """Experts of every input of the response: [P + n - 1, L, K]. None if no segment has them.
+
+        The highest number of the dtype where only some segments have them. P = `prompt_tokens`; the last token is no
+        input.
+        """
+        known = next((s.routes for s in self.segments if s.routes is not None), None)
+        if known is None:
+            return None
+        missing = np.iinfo(known.dtype).max
+        parts, more = [], prompt_tokens - 1
+        for segment in self.segments:
+            rows = len(segment.tokens) + more
+            given = segment.routes
+            parts.append(given if given is not None else np.full((rows, *known.shape[1:]), missing, known.dtype))
+            more = 0
+        return np.concatenate(parts)
 
     @property
     def num_tokens(self) -> int:
@@ -167,6 +244,10 @@ class Group:
                 for t in self.trajectories
             ],
         )
+
+
+def _joins(segment: Segment, piece: Piece) -> bool:
+    return (segment.routes is None) == (piece.routes is None)
 
 
 def _join(parts: list[np.ndarray], dtype: type) -> np.ndarray:

@@ -233,7 +233,7 @@ def test_tokens_carry_the_version_that_sampled_them():
     chunks = []
     for version, num_steps in steps_by_version.items():
         if version > 7:
-            running.load(version, weights())
+            running.load(running.prepare(version, weights()))
         assert running.version == version
         for _ in range(num_steps):
             chunks += running.step()
@@ -250,7 +250,7 @@ def test_new_weights_go_on_over_the_old_keys_and_values():
     asked = request(6, members=1, temperature=0)
     running.submit(asked)
     chunks = [chunk for _ in range(5) for chunk in running.step()]
-    running.load(1, weights(1))
+    running.load(running.prepare(1, weights(1)))
     tokens, _, versions, _ = collect(finish(running, chunks))[6, 0]
 
     decoder, kv = Decoder(CONFIG, weights()), KvCache(CONFIG, num_slots=1, max_len=MAX_PROMPT + MAX_NEW)
@@ -270,7 +270,7 @@ def test_a_prompt_that_waits_is_prefilled_with_the_weights_it_starts_with():
     running.submit(request(1, members=1, max_new_tokens=3, temperature=0))
     running.submit(request(2, members=1, temperature=0))
     chunks = running.step()
-    running.load(1, weights(1))
+    running.load(running.prepare(1, weights(1)))
     responses = collect(finish(running, chunks))
     fresh = Engine(CONFIG, weights(1), version=1, num_slots=1, max_prompt_tokens=MAX_PROMPT,
                    max_new_tokens=MAX_NEW, eos_id=EOS, seed=SEED)  # fmt: skip
@@ -342,7 +342,7 @@ def test_weights_that_are_not_finite_are_refused():
     chunks = running.step()
     bad = weights(1) | {"lm_head.weight": np.full_like(weights()["lm_head.weight"], np.nan)}
     with pytest.raises(FloatingPointError, match=r"lm_head\.weight of policy version 1 is not finite"):
-        running.load(1, bad)
+        running.load(running.prepare(1, bad))
     responses = collect(finish(running, chunks))
     assert_expected(responses)
     assert set(responses[1, 0][2]) == {0}
@@ -356,11 +356,11 @@ def test_a_model_that_overflows_spoils_no_response():
         running.submit(request(key))
     chunks = [chunk for _ in range(4) for chunk in running.step()]
     huge = {name: np.full_like(tensor, 1e38) for name, tensor in weights().items()}
-    running.load(1, huge)
+    running.load(running.prepare(1, huge))
     for _ in range(2):
         with pytest.raises(FloatingPointError, match="policy version 1 gives log-probabilities"):
             running.step()
-    running.load(2, weights())
+    running.load(running.prepare(2, weights()))
     responses = collect(finish(running, chunks))
     assert len(responses) == 8
     assert_expected(responses)
@@ -405,7 +405,7 @@ def test_no_slot_leaks_and_no_response_is_disturbed(num_slots, script):
             keep(running.flush())
         elif action == "load":
             version += 1
-            running.load(version, weights())
+            running.load(running.prepare(version, weights()))
         stats = running.stats
         assert 0 <= running.num_live <= num_slots
         assert submitted == running.num_live + running.num_waiting + stats.num_finished + stats.num_cancelled

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...kernels.reference import Gate, Rows, align, permute, topk_gate, unpermute
 from .config import ModelConfig
+from .linear import Weight, grouped_linear, linear, quantize
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, H, D], k [T, G, D], v [T, G, D]) -> [T, H * D]"""
@@ -28,17 +29,17 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class LayerWeights(NamedTuple):
     """Weights of one layer in the form that computing wants."""
 
-    qkv: Tensor
+    qkv: Weight
     """[(H + 2G) D, d]: queries and keys interleaved, then values; times the norm before attention"""
     qk_norm: Tensor
     """[H + G, D]: the norm of queries for H heads, of keys for G, interleaved"""
-    out: Tensor
+    out: Weight
     """[d, H D]"""
-    gate: Tensor
+    gate: Weight
     """[E, d], times the norm before the experts"""
-    gate_up: Tensor
+    gate_up: Weight
     """[E, 2f, d], times the norm before the experts"""
-    down: Tensor
+    down: Weight
     """[E, d, f]"""
 
 
@@ -56,6 +57,14 @@ def fuse(config: ModelConfig, tensor: Callable[[str], Tensor]) -> LayerWeights:
         gate_up=tensor("mlp.experts.gate_up_proj") * pre_experts,
         down=tensor("mlp.experts.down_proj"),
     )
+
+
+def to_fp8(w: LayerWeights, *, fp8_inputs: bool) -> LayerWeights:
+    """The layer with its large matrices in FP8; the router and the norms stay as they are."""
+    qkv, out, gate_up, down = (
+        quantize(m, fp8_inputs=fp8_inputs) if isinstance(m, Tensor) else m for m in (w.qkv, w.out, w.gate_up, w.down)
+    )
+    return w._replace(qkv=qkv, out=out, gate_up=gate_up, down=down)
 
 
 def _interleave(weight: Tensor, heads: int) -> Tensor:
@@ -105,24 +114,36 @@ def block(
     config: ModelConfig, layer: int, x: Tensor, w: LayerWeights, turn: Tensor, attend: Attend
 ) -> tuple[Tensor, Gate, Rows]:
     """One decoder layer over x [T, d]; `turn` [T, 1, D / 2] are the rotations of the tokens' positions."""
-    x = x + F.linear(_attention(config, layer, unit_rms(x, config.rms_norm_eps), w, turn, attend), w.out)
-    y, gate, rows = _experts(config, unit_rms(x, config.rms_norm_eps), w)
+    x = x + attention(config, layer, unit_rms(x, config.rms_norm_eps), w, turn, attend)
+    y = unit_rms(x, config.rms_norm_eps)
+    gate = route(config, y, w)
+    y, rows = mix(y, w, gate)
     return x + y, gate, rows
 
 
-def _attention(config: ModelConfig, layer: int, x: Tensor, w: LayerWeights, turn: Tensor, attend: Attend) -> Tensor:
-    heads = F.linear(x, w.qkv).unflatten(-1, (-1, config.head_dim))
-    qk, v = heads.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), dim=1)
+def attention(config: ModelConfig, layer: int, x: Tensor, w: LayerWeights, turn: Tensor, attend: Attend) -> Tensor:
+    """What attention adds to the residual stream, [T, d], for x [T, d] after the norm."""
+    heads = linear(x, w.qkv).unflatten(-1, (-1, config.head_dim))
+    num_q_and_k = len(w.qk_norm)
+    qk, v = heads.split((num_q_and_k, heads.shape[1] - num_q_and_k), dim=1)
     qk = unit_rms(qk, config.rms_norm_eps) * w.qk_norm
     qk = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * turn).flatten(-2)
-    q, k = qk.split((config.num_heads, config.num_kv_heads), dim=1)
-    return attend(layer, q, k, v)
+    q, k = qk.split((num_q_and_k - v.shape[1], v.shape[1]), dim=1)
+    return linear(attend(layer, q, k, v), w.out)
 
 
-def _experts(config: ModelConfig, x: Tensor, w: LayerWeights) -> tuple[Tensor, Gate, Rows]:
-    chosen = topk_gate(F.linear(x, w.gate), config.num_experts_per_tok, renormalize=config.norm_topk_prob)
-    rows = align(chosen.ids_TK, config.num_experts)
-    expert_in = permute(x, rows, config.num_experts_per_tok)
-    gate, up = F.grouped_mm(expert_in, w.gate_up.transpose(1, 2), offs=rows.ends_E).chunk(2, dim=-1)
-    expert_out = F.grouped_mm(F.silu(gate) * up, w.down.transpose(1, 2), offs=rows.ends_E)
-    return unpermute(expert_out, rows, chosen.weights_TK), chosen, rows
+def route(config: ModelConfig, x: Tensor, w: LayerWeights) -> Gate:
+    """The experts of each token of x [T, d], after the norm."""
+    return topk_gate(linear(x, w.gate), config.num_experts_per_tok, renormalize=config.norm_topk_prob)
+
+
+def mix(x: Tensor, w: LayerWeights, gate: Gate) -> tuple[Tensor, Rows]:
+    """What the chosen experts add to the residual stream, [T, d], for x [T, d] after the norm."""
+    rows = align(gate.ids_TK, gate.probs_TE.shape[1])
+    return experts(x, w, rows, gate.weights_TK), rows
+
+
+def experts(x: Tensor, w: LayerWeights, rows: Rows, weights: Tensor) -> Tensor:
+    """The same for pairs in `rows`, sorted by the experts that `w` has; `weights` [T, K] are those of the pairs."""
+    inner, up = grouped_linear(permute(x, rows, weights.shape[1]), w.gate_up, rows.ends_E).chunk(2, dim=-1)
+    return unpermute(grouped_linear(F.silu(inner) * up, w.down, rows.ends_E), rows, weights)

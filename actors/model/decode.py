@@ -1,13 +1,12 @@
-"""Qwen3-MoE for generation: prefill and one-token steps over a cache of keys and values.
+"""Qwen3-MoE for generation: weights fused once per version, and a forward pass over tokens of any sequences.
 
-The cache has `num_slots` rows; whoever drives the decoder decides which sequence lives in which. A step works on the
-first B rows, so a driver keeps its live sequences there (`KvCache.copy` moves one). Knows nothing of sampling or
-requests.
+How queries meet keys is the cache's affair (`Attend`; paged.py). Knows nothing of sampling, requests or pages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +16,90 @@ from torch import Tensor
 from .attention import PackedAttention
 from .block import Attend, LayerWeights, block, fuse, rotations, unit_rms
 from .config import ModelConfig
+
+
+class DecoderWeights(NamedTuple):
+    """The weights of one policy version, in the form that computing wants."""
+
+    layers: tuple[LayerWeights, ...]
+    embed: Tensor
+    """[V, d]"""
+    head: Tensor
+    """[V, d], times the last norm"""
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a model, by Hugging Face name; the experts of a layer are fused."""
+    d, f, width, experts = config.hidden_size, config.moe_intermediate_size, config.head_dim, config.num_experts
+    of_layer = {
+        "input_layernorm.weight": (d,),
+        "self_attn.q_proj.weight": (config.num_heads * width, d),
+        "self_attn.k_proj.weight": (config.num_kv_heads * width, d),
+        "self_attn.v_proj.weight": (config.num_kv_heads * width, d),
+        "self_attn.o_proj.weight": (d, config.num_heads * width),
+        "self_attn.q_norm.weight": (width,),
+        "self_attn.k_norm.weight": (width,),
+        "post_attention_layernorm.weight": (d,),
+        "mlp.gate.weight": (experts, d),
+        "mlp.experts.gate_up_proj": (experts, 2 * f, d),
+        "mlp.experts.down_proj": (experts, d, f),
+    }
+    layers = {f"model.layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in of_layer.items()}
+    head = {} if config.tie_word_embeddings else {"lm_head.weight": (config.vocab_size, d)}
+    return {"model.embed_tokens.weight": (config.vocab_size, d), **layers, "model.norm.weight": (d,), **head}
+
+
+def check_weights(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError for names or shapes of another model, FloatingPointError for numbers that are not finite."""
+    wanted = shapes(config)
+    wrong = sorted(n for n in wanted.keys() | tensors.keys() if n not in tensors or wanted.get(n) != tensors[n].shape)
+    if wrong:
+        given = tensors[wrong[0]].shape if wrong[0] in tensors else None
+        raise ValueError(
+            f"weights are of another model: {wrong[0]} has shape {given}, expected {wanted.get(wrong[0])} "
+            f"({len(wrong)} tensors differ); check the [model] table"
+        )
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise FloatingPointError(f"{name} is not finite; these weights are refused")
+
+
+@torch.inference_mode()
+def fuse_weights(
+    config: ModelConfig, tensors: Mapping[str, np.ndarray], device: torch.device | str = "cpu"
+) -> DecoderWeights:
+    """Fuses weights by Hugging Face name (fp32, as `Learner.weights` gives them). All are copied."""
+
+    def tensor(name: str) -> Tensor:
+        return torch.tensor(tensors[name], device=device)
+
+    def layer(index: int) -> LayerWeights:
+        return fuse(config, lambda name: tensor(f"model.layers.{index}.{name}"))
+
+    embed = tensor("model.embed_tokens.weight")
+    head = embed if config.tie_word_embeddings else tensor("lm_head.weight")
+    layers = tuple(layer(index) for index in range(config.num_layers))
+    return DecoderWeights(layers, embed, head * tensor("model.norm.weight"))
+
+
+def forward(
+    config: ModelConfig, weights: DecoderWeights, tokens: Tensor, turn: Tensor, attend: Attend
+) -> tuple[Tensor, list[Tensor]]:
+    """Runs tokens int64 [T] through all layers; `turn` [T, 1, D / 2] are the rotations of their positions.
+
+    Returns the hidden states [T, d], before the last norm, and the experts [T, K] that each layer chose.
+    """
+    x, routes = weights.embed[tokens], []
+    for index, layer in enumerate(weights.layers):
+        x, gate, _ = block(config, index, x, layer, turn, attend)
+        routes.append(gate.ids_TK)
+    return x, routes
+
+
+def logits(config: ModelConfig, weights: DecoderWeights, x: Tensor) -> Tensor:
+    """[N, d] -> [N, V], through the last norm and the head."""
+    return F.linear(unit_rms(x, config.rms_norm_eps), weights.head)
+
 
 CROP_TOKENS = 16
 """A step reads the cache up to its longest row, rounded up to this many tokens."""
@@ -70,16 +153,7 @@ class Decoder:
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Takes weights by Hugging Face name (fp32, as `Learner.weights` gives them). All are copied."""
 
-        def tensor(name: str) -> Tensor:
-            return torch.tensor(tensors[name])
-
-        def layer(index: int) -> LayerWeights:
-            return fuse(self.config, lambda name: tensor(f"model.layers.{index}.{name}"))
-
-        self._layers = [layer(index) for index in range(self.config.num_layers)]
-        self._embed = tensor("model.embed_tokens.weight")
-        head = self._embed if self.config.tie_word_embeddings else tensor("lm_head.weight")
-        self._head = head * tensor("model.norm.weight")
+        self.weights = fuse_weights(self.config, tensors)
 
     @torch.inference_mode()
     def prefill(self, cache: KvCache, tokens: Tensor, lengths: Sequence[int], slots: Tensor) -> Tensor:
@@ -123,11 +197,7 @@ class Decoder:
         return self._logits(self._run(tokens, positions, attend))
 
     def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        x = self._embed[tokens]
-        turn = self._rotations[positions].unsqueeze(1)
-        for index, weights in enumerate(self._layers):
-            x, _, _ = block(self.config, index, x, weights, turn, attend)
-        return x
+        return forward(self.config, self.weights, tokens, self._rotations[positions].unsqueeze(1), attend)[0]
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(unit_rms(x, self.config.rms_norm_eps), self._head)
+        return logits(self.config, self.weights, x)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from annotated_types import Ge
@@ -24,6 +24,7 @@ from ..data.task import Task
 from ..model.config import ModelConfig
 from ..trainer.settings import RlSettings
 from .backend import Backend
+from .precision import Precision
 from .requests import Chunk, Request
 
 WEIGHTS_S = 240.0
@@ -45,6 +46,8 @@ class Rollout(Actor):
     """Responses that are generated at once."""
     chunk_tokens: Annotated[int, Ge(1)] = 32
     """Tokens of a response between two chunks: what a kill costs at most."""
+    precision: Precision = field(default_factory=Precision)
+    """Which phases compute in FP8, and when they are to fall back; of our own engine."""
 
     async def start(self) -> None:
         self._armed = asyncio.Event()

@@ -17,13 +17,14 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..model.config import ModelConfig
-from ..model.decode import Decoder, KvCache
+from ..model.decode import Decoder, KvCache, fuse_weights
 from ..philox import Stream, uniforms
 from ..types import Finish
 from .requests import Chunk, Request, check_request
@@ -45,6 +46,14 @@ class EngineStats:
     num_finished: int = 0
     num_cancelled: int = 0
     """Responses, live or waiting, that a cancel ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The weights of a policy version, ready for `Engine.load`."""
+
+    version: int
+    weights: Any
 
 
 @dataclass(slots=True)
@@ -170,15 +179,20 @@ class Engine:
             chunks.append(self._slots.hand_out(slot, self._version, ""))
         return chunks
 
-    def load(self, version: int, weights: Mapping[str, np.ndarray]) -> None:
-        """Swaps the weights: later tokens are of `version`. Live responses go on over their old keys and values.
+    def prepare(self, version: int, weights: Mapping[str, np.ndarray]) -> Prepared:
+        """Brings weights into the form that `load` takes at once. From any thread, while another one steps.
 
-        Raises FloatingPointError for weights that are not finite, and keeps those it has.
+        Raises FloatingPointError for weights that are not finite, ValueError for those of another model.
         """
         _check_finite(weights, version)
-        self._decoder.load(weights)
+        return Prepared(version, fuse_weights(self._config, weights))
+
+    def load(self, prepared: Prepared) -> None:
+        """Swaps the weights, in no time: later tokens are of its version. Live responses go on over their old keys and
+        values."""
+        self._decoder.weights = prepared.weights
         self._outbox = self.flush()
-        self._version = version
+        self._version = prepared.version
         self._forget_prefilled()
 
     @torch.inference_mode()

@@ -141,7 +141,7 @@ class LocalBackend:
 
         tensors = self._receiver.receive(manifest)
         if self._engine is not None:
-            self._engine.load(manifest.version, tensors)
+            self._engine.load(self._engine.prepare(manifest.version, tensors))
             self._stats = {**self._stats, "version": manifest.version}
             return
         worker = self._worker

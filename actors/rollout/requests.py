@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...runtime.codec import wire
-from ..types import Finish
+from ..types import Finish, Origin
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 """Beyond these logits lose their meaning in fp32."""
@@ -48,6 +48,13 @@ class Chunk:
     logprobs: np.ndarray
     """float32 [n]: of the behaviour policy, at the sampling temperature"""
     finish: Finish = ""
+    refusal: str = ""
+    """Why a response was refused: "kind: why"; empty otherwise."""
+    routes: np.ndarray | None = None
+    """uint8 or uint16 [n, layers, choices]: experts that the input before each token chose; the first chunk of a
+    response has the prompt's, too: n + P - 1 rows. None unless the engine was asked."""
+    origin: Origin | None = None
+    """In the first chunk that an engine hands out of a response; of those after it, too."""
 
 
 def check_request(
