@@ -1,4 +1,4 @@
-"""The exchange over its members: coalescing, late joiners, losses, epochs, refusals; with real publishers and intakes."""
+"""The exchange over its members: coalescing, late joiners, losses, epochs, refusals. Publishers and intakes are real."""
 
 from __future__ import annotations
 
