@@ -1,4 +1,4 @@
-"""The exchange over its members: coalescing, late joiners, losses, epochs, refusals. Publishers and intakes are real."""
+"""The exchange over its members: coalescing, late joiners, losses, epochs, refusals. Publishers, intakes are real."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headrace.runtime.exchange.carrier import choose
 from headrace.runtime.exchange.coordinator import NOTHING, Patience
 from headrace.runtime.exchange.tree import TreeSink, sources_of
 
-QUICK = Patience(base_s=0.3, stall_s=0.1)
+QUICK = Patience(base_s=0.3, stall_s=0.1, again_s=(60.0, 60.0))
 
 
 def weights(version: int) -> dict[str, np.ndarray]:
@@ -136,12 +136,27 @@ async def test_one_that_fails_or_stops_is_lost_and_costs_the_others_nothing() ->
         assert sorted(name for name, _ in lost) == ["0", "1"]
         assert "TimeoutError" in weights.lost["0"] and weights.lost["1"] == "TransferFailed: the cable is loose"
         assert any("1 is lost: TransferFailed" in line for line in weights.waits())
-        stopped.gate.set()
         failing.fault = None
+        stopped.gate.set()
         assert await weights.join("1", failing, 1) == 1
         await weights.publish(2)
         assert await weights.settled() == {"0": 2, "1": 2, "2": 2} and not weights.lost
         assert well.taken == [1, 2] and failing.epochs[-1] > epoch + 2
+
+
+async def test_who_is_lost_is_tried_again_though_nothing_new_is_published() -> None:
+    member = Member()
+    async with exchange() as (weights, _):
+        weights._patience = Patience(base_s=0.3, again_s=(0.01, 0.02))
+        member.fault = TransferFailed("not today")
+        await weights.publish(1)
+        with pytest.raises(TransferFailed, match="m has not taken version 1: TransferFailed: not today"):
+            await weights.join("m", member)
+        member.fault = None
+        async with asyncio.timeout(10):
+            while not member.taken:  # noqa: ASYNC110 (nobody tells)
+                await asyncio.sleep(0.01)
+    member.intake.close()
 
 
 async def test_membership_follows_the_roster_before_every_publish() -> None:

@@ -9,6 +9,7 @@ plan.py          from the ranks that hold to the ranks that want, box by box
 """
 
 from .coordinator import Exchange as Exchange
+from .coordinator import Patience as Patience
 from .header import Manifest as Manifest
 from .header import Route as Route
 from .header import Seat as Seat

@@ -3,7 +3,7 @@
     publish(version) -> lay_out: the publisher's manifest, the newest from here on
                               |
     member --- follows: takes the newest, then the newest after that ---> holds[name]
-           '-- dead, or past its deadline: lost; the next publish, or its next join, tries again
+           '-- dead, past its deadline, failing: lost; tried again after a while, or with the next version
 
 Each member is followed by a task of its own: one that fails costs the others nothing, what was published meanwhile is
 coalesced to the newest, and who joins late is given the newest at once. Every join, leave and loss begins a new epoch,
@@ -59,6 +59,8 @@ class Patience:
     """Slower than that, and it is given up."""
     stall_s: float = 0.25
     """See Route."""
+    again_s: tuple[float, float] = (1.0, 30.0)
+    """Until one that is lost is tried again, first and at most; it doubles from time to time."""
 
 
 @dataclass(slots=True)
@@ -66,19 +68,23 @@ class _Member:
     name: str
     port: Port
     incarnation: int
-    seat: Seat
+    seat: Seat | None = None
     holds: int = NOTHING
     taking: int | None = None
     since: float = 0.0
     carrier: str = ""
     lost: str = ""
     """Why; empty while it takes what it is given."""
+    refused: Exception | None = None
+    """Why what was tried can never be taken there."""
     tried: Manifest | None = None
-    """What failed there: it is not offered again."""
+    """What failed there."""
+    failures: int = 0
+    """Since it took something."""
     task: asyncio.Task[None] | None = None
 
     def lacks(self, manifest: Manifest | None) -> bool:
-        """Whether it is to be given that."""
+        """Whether it is to be given that, now."""
         return manifest is not None and manifest is not self.tried and manifest.version != self.holds
 
 
@@ -127,10 +133,23 @@ class Exchange:
         """A member comes, or comes back. Returns once it holds the newest version, that version; NOTHING if there is
         none yet.
 
-        Raises BadWeights if its tensors are others than those that are published, ValueError if no carrier serves it,
-        TransferFailed if it does not take them: then it is a member nevertheless, and lost until the next publish.
+        Raises BadWeights if its tensors are others than those that are published, ValueError if no carrier serves it:
+        then it is no member. Raises TransferFailed if it does not take them now: it is tried again.
         """
-        return await self._settled(await self._enter(name, port, incarnation))
+        member = self.enter(name, port, incarnation)
+        try:
+            return await self._settled(member)
+        except (BadWeights, ValueError):
+            self.leave(name)
+            raise
+
+    def enter(self, name: str, port: Port, incarnation: int = 0) -> _Member:
+        """As `join`, and waits for nothing."""
+        self.leave(name)
+        member = self._members[name] = _Member(name, port, incarnation)
+        self.epoch += 1
+        member.task = self._background(self._follow(member), name=f"weights of {name}")
+        return member
 
     def leave(self, name: str) -> None:
         """A member goes, or has gone: nothing more is brought to it, or kept for it."""
@@ -155,9 +174,14 @@ class Exchange:
             if self._wanted != NOTHING or self.manifest is None or self.manifest.version < version:
                 await self._reconcile()
                 wanted, self._wanted = max(self._wanted, version), NOTHING
-                self.manifest = await self._lay_out(wanted, self._needed())
-                self._tell()
+                self.offer(await self._lay_out(wanted, self.needed()))
+            assert self.manifest is not None
             return self.manifest
+
+    def offer(self, manifest: Manifest) -> None:
+        """Has members take what was laid out by somebody else; returns at once."""
+        self.manifest = manifest
+        self._tell()
 
     async def settled(self) -> dict[str, int]:
         """Waits until every member holds the newest version or is lost; `holds`."""
@@ -193,18 +217,6 @@ class Exchange:
         if tasks:
             await asyncio.wait(tasks)
 
-    async def _enter(self, name: str, port: Port, incarnation: int) -> _Member:
-        async with timeout(self._patience.base_s):
-            seat = await port.seat()
-        member = _Member(name, port, incarnation, seat)
-        if self.manifest is not None:
-            self._admit(member, self.manifest)
-        self.leave(name)
-        self._members[name] = member
-        self.epoch += 1
-        member.task = self._background(self._follow(member), name=f"weights of {name}")
-        return member
-
     async def _follow(self, member: _Member) -> None:
         """Brings one member version after version."""
         while True:
@@ -212,24 +224,37 @@ class Exchange:
             if manifest is not None and member.lacks(manifest):
                 await self._bring(member, manifest)
                 self._tell()
-            else:
-                await changed.wait()
+                continue
+            try:
+                async with asyncio.timeout(self._until_again(member)):
+                    await changed.wait()
+            except TimeoutError:
+                member.tried = None
+
+    def _until_again(self, member: _Member) -> float | None:
+        if not member.lost or member.refused is not None:
+            return None
+        first, most = self._patience.again_s
+        return min(first * 2.0 ** (member.failures - 1), most)
 
     async def _bring(self, member: _Member, manifest: Manifest) -> None:
         """One transfer to one member. What went wrong is its `lost`."""
         patience = self._patience
         deadline_s = patience.base_s + manifest.nbytes / patience.least_bytes_per_s
         try:
-            self._admit(member, manifest)
             member.taking, member.since = manifest.version, time.monotonic()
             async with timeout(deadline_s + GRACE_S):
+                if member.seat is None:
+                    member.seat = await member.port.seat()
+                self._admit(member, member.seat, manifest)
                 member.holds = await member.port.load(manifest, self._route(member, manifest, deadline_s))
         except (StaleIncarnation, CorruptWeights) as error:
             await self._again(member, manifest, error)
         except (RuntimeFault, TimeoutError, ValueError) as error:
+            member.refused = error if isinstance(error, BadWeights | ValueError) else None
             self._lose(member, manifest, f"{type(error).__name__}: {error}")
         else:
-            member.lost, member.tried = "", None
+            member.lost, member.tried, member.refused, member.failures = "", None, None, 0
             self._on_held(member.name, member.holds)
         finally:
             member.taking = None
@@ -249,6 +274,7 @@ class Exchange:
 
     def _lose(self, member: _Member, manifest: Manifest, why: str) -> None:
         member.tried, member.lost = manifest, why
+        member.failures += 1
         self.epoch += 1
         self._on_lost(member.name, why)
 
@@ -256,6 +282,8 @@ class Exchange:
         """Waits until it holds the newest; raises TransferFailed once it is lost."""
         while self.manifest is not None and member.holds != self.manifest.version:
             if member.lost and (not member.lacks(self.manifest) or self._members.get(member.name) is not member):
+                if member.refused is not None:
+                    raise member.refused
                 raise TransferFailed(f"{member.name} has not taken version {self.manifest.version}: {member.lost}")
             await self._changed.wait()
         return member.holds
@@ -265,11 +293,11 @@ class Exchange:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _admit(self, member: _Member, manifest: Manifest) -> None:
+    def _admit(self, member: _Member, seat: Seat, manifest: Manifest) -> None:
         """Raises BadWeights, ValueError if the member can't take what is published."""
-        if found := member.seat.mismatch(manifest.tensors):
+        if found := seat.mismatch(manifest.tensors):
             raise BadWeights(f"{member.name} can't take version {manifest.version} of {manifest.name}: {found}")
-        member.carrier = choose(manifest.seat, member.seat, self._carrier)
+        member.carrier = choose(manifest.seat, seat, self._carrier)
 
     def _route(self, member: _Member, manifest: Manifest, deadline_s: float) -> Route:
         live = [m for m in self._members.values() if not m.lost]
@@ -279,14 +307,14 @@ class Exchange:
         sources: tuple[str, ...] = ()
         if member.carrier == "tree":
             tree = [m for m in live if m.carrier == "tree"]
-            addresses = [manifest.seat.address, *(m.seat.address for m in tree)]
+            addresses = [manifest.seat.address, *(m.seat.address if m.seat else "" for m in tree)]
             sources = sources_of(tree.index(member) + 1, addresses)
         return Route(
             carrier=member.carrier, epoch=self.epoch, members=(manifest.name, *(m.name for m in live)), rank=rank,
             sources=sources, deadline_s=deadline_s, stall_s=self._patience.stall_s,
         )  # fmt: skip
 
-    def _needed(self) -> dict[int, list[str]]:
+    def needed(self) -> dict[int, list[str]]:
         """Versions that must stay, and who needs each."""
         needed: dict[int, list[str]] = {}
         for name, version in [*self._kept.items(), *((m.name, m.taking) for m in self._members.values())]:
@@ -295,7 +323,7 @@ class Exchange:
         return needed
 
     async def _reconcile(self) -> None:
-        """Makes the members those of the roster. Who can't join now is lost, and told so."""
+        """Makes the members those of the roster."""
         if self._roster is None:
             return
         wanted = await self._roster()
@@ -304,10 +332,7 @@ class Exchange:
         for name, (port, incarnation) in wanted.items():
             member = self._members.get(name)
             if member is None or member.incarnation != incarnation:
-                try:
-                    await self._enter(name, port, incarnation)
-                except (RuntimeFault, TimeoutError, ValueError) as error:
-                    self._on_lost(name, f"{type(error).__name__}: {error}")
+                self.enter(name, port, incarnation)
 
 
 def _task(work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:

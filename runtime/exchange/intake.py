@@ -77,6 +77,12 @@ class Intake(Generic[T]):
             self._last = manifest.incarnation, manifest.version
             return prepared
 
+    async def prepare(self, version: int, tensors: Mapping[str, np.ndarray]) -> T:
+        """`prepare` on the weights' thread, of tensors that came another way."""
+        async with self._turn:
+            self._thread = self._thread or WorkThread("weights")
+            return await self._thread.run(self._prepare, version, tensors)
+
     def retire(self, epoch: int) -> None:
         """Nothing of this epoch or an earlier one goes on."""
         self._epoch = max(self._epoch, epoch)
