@@ -230,7 +230,7 @@ def test_older_versions_stay_for_who_needs_them_within_the_budget() -> None:
         keep[version] = [f"continuation/{version}"]
     assert publisher.versions == [0, 1, 2, 3]
     with pytest.raises(
-        ExchangeFull, match=r"version 4 .* older versions hold 3.2 MiB .* budget for them is 3.0 MiB .*version 2"
+        ExchangeFull, match=r"version 4 .* older versions hold 3.2 MiB .* their budget is 3.0 MiB .*version 2"
     ):
         publisher.publish(4, weights(4), keep=keep)
     assert publisher.manifest is not None and publisher.manifest.version == 3

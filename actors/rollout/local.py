@@ -148,7 +148,7 @@ class LocalBackend:
         return chunks, more
 
     def _prepare(self, version: int, tensors: Mapping[str, np.ndarray]) -> Weights:
-        """On the weights' thread: the second buffer. The first weights go into the engine that they are the first of."""
+        """On the weights' thread: makes the second buffer. The first weights wait for their engine as they are."""
         if self._engine is None:
             return {name: tensor.copy() for name, tensor in tensors.items()}
         _import_torch()

@@ -173,8 +173,8 @@ class Publisher:
             holders = "; ".join(f"version {number} for {', '.join(keep[number])}" for number in versions)
             raise ExchangeFull(
                 f"version {version} of {self.name} ({nbytes / 2**20:.1f} MiB) was not published: older versions hold "
-                f"{held / 2**20:.1f} MiB of memory, and the budget for them is {budget / 2**20:.1f} MiB ({holders}); have "
-                "these go on with the newest version, or raise the budget"
+                f"{held / 2**20:.1f} MiB of memory, and their budget is {budget / 2**20:.1f} MiB ({holders}); "
+                "have these go on with the newest version, or raise the budget"
             )
 
 
