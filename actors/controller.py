@@ -303,11 +303,10 @@ class Controller(Actor):
 
     async def _publish(self) -> None:
         """Has the trainer lay out its weights as the newest version; rollout takes them while training goes on."""
-        self.rollout.publish(await self.trainer.publish())
+        self.rollout.publish(await self.republish())
 
     async def republish(self) -> Manifest:
-        manifest: Manifest = await self.trainer.publish()
-        return manifest
+        return await self.trainer.publish(self.rollout.needed())
 
     def halted(self, group: Group) -> None:
         if group.prompt.ordinal in self.ledger.running:
