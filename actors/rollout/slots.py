@@ -7,6 +7,8 @@ weights or queues.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ..types import Finish, Origin
@@ -35,6 +37,8 @@ class Slots:
         """Whether there are stop sequences or texts to look for"""
         self._begun = np.zeros(num_slots, bool)
         """Whether a chunk has been handed out from this slot"""
+        self._told = np.zeros(num_slots, bool)
+        """Whether its newest origin has been"""
         self._last = np.zeros(num_slots, np.int64)
         """Newest token: of the prompt while the response is empty"""
         self._position = np.zeros(num_slots, np.int64)
@@ -85,7 +89,7 @@ class Slots:
         self._temperature[new] = request.temperature
         self._top_k[new], self._top_p[new], self._min_p[new] = request.top_k, request.top_p, request.min_p
         self._watched[new] = bool(request.stop or request.stop_strings)
-        self._begun[new] = False
+        self._begun[new] = self._told[new] = False
         self._last[new] = request.prompt[-1]
         self._position[new] = len(request.prompt) - 1
         self._length[new] = 0
@@ -212,7 +216,10 @@ class Slots:
         routes = None if self._routes is None else self._routes[row, fresh].copy()
         if routes is not None and before is not None:
             routes = np.concatenate([before, routes])
-        first, self._begun[slot] = not self._begun[slot], True
+        told = origin if not self._told[slot] else None
+        if told is not None and self._begun[slot]:
+            told = replace(told, afresh=False)
+        self._begun[slot] = self._told[slot] = True
         return Chunk(
             key=int(self._key[slot]),
             member=int(self._member[slot]),
@@ -222,12 +229,12 @@ class Slots:
             finish=finish,
             refusal=refusal,
             routes=routes,
-            origin=origin if first else None,
+            origin=told,
         )
 
-    def tell_origin(self) -> None:
-        """The next chunk of each response says where it comes from."""
-        self._begun[: self.num_live] = False
+    def say_origins(self) -> None:
+        """The next chunk of each live response says its origin again."""
+        self._told[: self.num_live] = False
 
     def response(self, slot: int) -> tuple[int, int, np.ndarray]:
         """Key, member and all tokens (int32 [n]) of a response."""
