@@ -164,6 +164,7 @@ class Watch:
         """The request is forgotten."""
         for followed in [name for name in self._followed if name[0] == key]:
             del self._followed[followed]
+        self._prompts.pop(key, None)
 
     def look(self, version: int) -> dict[str, Any] | None:
         """Measures if there is something to measure and nothing to wait for; returns what `Schedule.measured` says."""
