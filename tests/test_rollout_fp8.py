@@ -1,4 +1,4 @@
-"""A rollout worker with an FP8 policy, in a running system: what it samples from, and what it does if FP8 is too far."""
+"""A rollout worker with an FP8 policy in a running system: what it samples from, and that it falls back."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ def distance(reader: ScheduledRunner, kind: Kind, prompt: np.ndarray, responses:
     return worst
 
 
+def precisions(responses: list[Trajectory]) -> set[str]:
+    """As their origins say."""
+    return {segment.origin.precision for t in responses for segment in t.segments if segment.origin}
+
+
 async def test_it_samples_from_fp8_until_that_is_too_far_from_full_precision(tmp_path: Path) -> None:
     near = Precision(prefill="fp8", decode="fp8", activations="fp8", kl_bound=10.0, sample=2)
     strict = Precision(prefill="fp8", decode="fp8", kl_bound=1e-9, sample=2)
@@ -83,6 +88,7 @@ async def test_it_samples_from_fp8_until_that_is_too_far_from_full_precision(tmp
                 prompt, responses = await answer(fp8, ordinal)
                 assert distance(reader, "fp8", prompt, responses) < 1e-4
                 assert distance(reader, "full", prompt, responses) > 1e-3
+                assert precisions(responses) == {"prefill fp8, decode fp8, score full, activations fp8"}
             stats = await fp8.stats()
             assert stats["precision_bits/decode"] == 8 and stats["precision_bits/score"] == 32
             assert 0 < stats["fp8_token_kl_nats"] < 10
@@ -90,6 +96,7 @@ async def test_it_samples_from_fp8_until_that_is_too_far_from_full_precision(tmp
             await answer(falling, 0)
             prompt, responses = await answer(falling, 1)
             assert distance(reader, "full", prompt, responses) < 1e-4
+            assert precisions(responses) == {"full"}
             stats = await falling.stats()
             assert stats["precision_bits/decode"] == 32 and stats["fp8_token_kl_nats"] > 1e-9
     finally:

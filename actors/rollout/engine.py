@@ -226,6 +226,14 @@ class Engine:
         self._version = prepared.version
         self._scheduler.forget_computed()
 
+    def now_in(self, precision: str) -> None:
+        """For the record: later tokens are computed in this precision. What there is, is handed out apart from them."""
+        self._outbox = self.flush()
+        self._precision = precision
+        for opened in self._open.values():
+            opened.origin = replace(opened.origin, precision=precision)
+        self._slots.say_origins()
+
     @torch.inference_mode()
     def step(self) -> list[Chunk]:
         """Adds a token to every live response, admits waiting ones with their first, and returns what is due.
