@@ -18,7 +18,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..runtime import Actor, Lane, Ref, message, timeout
 from ..runtime.codec import dumps
@@ -78,6 +78,8 @@ class Controller(Actor):
     rl: RlSettings
     algorithm: Algorithm
     evaluation: EvaluationSettings
+    carrier: Literal["auto", "ipc", "nccl", "shm", "tree"] = "auto"
+    """What brings weights to rollout; auto: the best for each worker. The tree needs nodes with transport = "tcp"."""
 
     async def start(self) -> None:
         """Takes up the state of the newest checkpoint. Raises ValueError or FileNotFoundError if it is damaged."""
@@ -87,7 +89,7 @@ class Controller(Actor):
         roles = {"policy": self.trainer, "critic": self.critic}
         self.roles = {name: roles[name] for name in roles_of(self.algorithm.step)}
         self.steps = {"sft": self.sft.steps, "value": self.algorithm.value_steps, "rl": self.rl.steps}
-        self.rollout, self.evaluator = RolloutPool(self, self), self.find("evaluator")
+        self.rollout, self.evaluator = RolloutPool(self, self, carrier=self.carrier), self.find("evaluator")
         self.verifier, self.reward, self.pool = self.find("verifier"), self.find("reward"), self.find("pool")
         self.stream = stream_policy(self.rl)
         self.ledger = Ledger.restore(self.state.ledger) if self.state.ledger else Ledger()
