@@ -97,6 +97,11 @@ class RolloutPool:
         for name in await self._copies.names():
             self._add(name)
 
+    def __repr__(self) -> str:
+        rows = self.status()
+        workers = (f"{row['name']} {row['state']}, version {row['version']}, {row['groups']} groups" for row in rows)
+        return f"RolloutPool({'; '.join(workers)})"
+
     @property
     def newest(self) -> int:
         """The newest version that a worker holds, NOTHING if none holds any."""
