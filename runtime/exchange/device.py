@@ -1,0 +1,196 @@
+"""One GPU as the carriers use it: memory, copies and checksums, through cupy.
+
+    adopt(tensor) -> array       a tensor of torch or cupy, as an array of the numpy dtype that holds its bits; no copy
+    here()                       what is enqueued in it goes to this GPU, in order, by a stream of this thread
+
+cupy is imported when the first of these is called, and nothing is started before. A checksum is that of the kernels'
+buckets (kernels/reference/bucket.py), computed where the bytes are. Knows nothing of plans, versions or NCCL.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ..errors import BadWeights, TransferFailed
+from .header import stored
+
+WORD_MASK = (1 << 64) - 1
+
+CHECKSUM_SOURCE = """
+unsigned long long total = 0;
+for (long long k = i; k < count; k += _ind.size()) {
+  unsigned long long z = (unsigned long long)(k + 1) * 0x9E3779B97F4A7C15ULL;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
+  total += words[k] * ((z ^ (z >> 31)) | 1);
+}
+partial = total;
+"""
+"""One thread's share of the sum over 32-bit words; cupy gives `i` and `_ind.size()`, the thread and their number."""
+
+_PARTIAL_SUMS = 1 << 16
+
+_NAMES = {
+    "float32": "<f4", "float64": "<f8", "float16": "<f2", "int64": "<i8", "int32": "<i4", "int16": "<i2",
+    "int8": "|i1", "uint8": "|u1", "bool": "|b1",
+}  # fmt: skip
+"""torch's names of dtypes for which numpy has another; bfloat16 and float8_e4m3fn keep theirs."""
+
+_NOT_FINITE = {"bfloat16": 0x7F80, "float8_e4m3fn": 0x7F}
+"""Bits that are all set in NaN (and infinity, where there is one), for dtypes that travel as integers."""
+
+
+def why_no_gpu(number: int = 0) -> str:
+    """Why this process can't use a GPU through cupy; empty if it can."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f"cupy can't be imported ({error}); install headrace[cuda]"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"there is no GPU ({error})"
+    return "" if number < count else f"there is no GPU {number}, only {count}"
+
+
+def why_no_nccl() -> str:
+    """Why this process can't use NCCL through cupy; empty if it can. A GPU is another question."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cupy warns, at length, of what is said here in a line.
+        try:
+            from cupy.cuda import nccl
+        except ImportError as error:
+            return f"cupy can't be imported ({error}); install headrace[cuda]"
+    return "" if nccl.available else "cupy finds no NCCL; install nvidia-nccl-cu13"
+
+
+def gpu_uuid(number: int = 0) -> str:
+    """What tells this GPU from all others: two processes with equal ones sit on one GPU. Empty without a GPU."""
+    if why_no_gpu(number):
+        return ""
+    import cupy
+
+    return bytes(cupy.cuda.runtime.getDeviceProperties(number)["uuid"]).hex()
+
+
+class Gpu:
+    """GPU `number`. Methods but `here` and `wrap` are called inside `here`."""
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+        self._checksum: Callable[..., Any] | None = None
+
+    @contextmanager
+    def here(self, stream: Any = None) -> Iterator[None]:
+        """A block whose work is enqueued on this GPU; on return it is done, unless the stream is the caller's."""
+        import cupy
+
+        try:
+            with cupy.cuda.Device(self.number):
+                own = stream or cupy.cuda.Stream(non_blocking=True)
+                with own:
+                    yield
+                    if stream is None:
+                        own.synchronize()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise TransferFailed(f"GPU {self.number}: {error}") from None
+        except cupy.cuda.memory.OutOfMemoryError as error:
+            raise TransferFailed(f"GPU {self.number} has no room: {error}; use smaller buckets") from None
+
+    def empty(self, num_bytes: int) -> Any:
+        """uint8 [num_bytes]"""
+        import cupy
+
+        return cupy.empty(num_bytes, np.uint8)
+
+    def from_host(self, array: np.ndarray) -> Any:
+        import cupy
+
+        return cupy.asarray(array)
+
+    def to_host(self, array: Any) -> np.ndarray:
+        """Waits for what was enqueued before."""
+        return np.asarray(array.get())
+
+    def address(self, array: Any) -> int:
+        return int(array.data.ptr)
+
+    def wrap(self, address: int, num_bytes: int, owner: Any = None) -> Any:
+        """Memory of somebody else as uint8 [num_bytes]; `owner` lives as long as the array."""
+        import cupy
+
+        memory = cupy.cuda.UnownedMemory(address, num_bytes, owner, self.number)
+        return cupy.ndarray((num_bytes,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
+
+    def adopt(self, tensor: Any) -> tuple[str, Any]:
+        """(name of the dtype, an array that shares the memory of `tensor`), which is contiguous and on this GPU."""
+        address, contiguous = (
+            (tensor.data_ptr(), tensor.is_contiguous())
+            if hasattr(tensor, "data_ptr")
+            else (tensor.data.ptr, tensor.flags.c_contiguous)
+        )
+        if not contiguous:
+            raise BadWeights(f"a tensor {list(tensor.shape)} is not contiguous; publish tensor.contiguous()")
+        dtype = dtype_name(tensor)
+        flat = self.wrap(address, stored(dtype).itemsize * math.prod(tensor.shape), tensor)
+        return dtype, flat.view(stored(dtype)).reshape(tuple(tensor.shape))
+
+    def checksum(self, data: Any, out: Any) -> None:
+        """Writes that of uint8 [a multiple of 4] into uint64 [1]; both are here."""
+        import cupy
+
+        if self._checksum is None:
+            self._checksum = cupy.ElementwiseKernel(
+                "raw uint32 words, int64 count", "uint64 partial", CHECKSUM_SOURCE, "headrace_exchange_checksum"
+            )
+        words = data.view(np.uint32)
+        partial = cupy.empty(min(_PARTIAL_SUMS, max(1, len(words))), np.uint64)
+        self._checksum(words, np.int64(len(words)), partial)
+        out[:] = partial.sum(dtype=np.uint64) + np.uint64(mix(-1 - data.nbytes))
+
+    def refuse_non_finite(self, arrays: Mapping[str, tuple[str, Any]], version: int) -> None:
+        """Raises BadWeights if a value of name -> (dtype, array) is NaN or infinite. One look at all of them."""
+        import cupy
+
+        counts = {}
+        for name, (dtype, array) in arrays.items():
+            bits = _NOT_FINITE.get(dtype)
+            if bits is not None:
+                counts[name] = ((array & bits) == bits).sum()
+            elif array.dtype.kind == "f":
+                counts[name] = (~cupy.isfinite(array)).sum()
+        if not counts:
+            return
+        bad = self.to_host(cupy.stack(list(counts.values())))
+        if bad.any():
+            first = int(bad.argmax())
+            raise BadWeights(
+                f"{list(counts)[first]} of version {version} has {bad[first]} values that are not finite (NaN, infinity) "
+                "and was not published. Look at the loss of the last step, lower the learning rate, or go back to a "
+                "checkpoint"
+            )
+
+
+def dtype_name(tensor: Any) -> str:
+    """header's name for the dtype of a tensor of torch, cupy or numpy. Raises BadWeights if it can't travel."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    name = _NAMES.get(name, name)
+    try:
+        stored(name)
+    except KeyError:
+        raise BadWeights(f"a tensor {list(tensor.shape)} has dtype {tensor.dtype}, which can't travel") from None
+    return name
+
+
+def mix(index: int) -> int:
+    """SplitMix64's finalizer, made odd, as in the kernel."""
+    z = (index + 1) * 0x9E3779B97F4A7C15 & WORD_MASK
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & WORD_MASK
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & WORD_MASK
+    return (z ^ z >> 31) | 1
