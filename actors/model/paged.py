@@ -44,11 +44,7 @@ class PagedCache:
 
     def attend(self, positions: np.ndarray, counts: np.ndarray, tables: np.ndarray, num_decode: int) -> Attend:
         """How the tokens of a batch (see rollout.runner.Batch) meet keys: theirs are written, then all are read."""
-        heads, size, device = self.config.num_kv_heads, self.page_tokens, self.data.device
-        owner = np.repeat(np.arange(len(counts)), counts)
-        pages = tables[owner, positions // size].astype(np.int64)
-        rows = (pages[:, None] * heads + np.arange(heads)) * size + (positions % size)[:, None]
-        where = torch.from_numpy(rows.reshape(-1)).to(device)
+        write = self.writer(positions, counts, tables)
         parts = [self._over_pages(positions[:num_decode], tables[:num_decode])] if num_decode else []
         ends = np.cumsum(counts)
         fresh: list[int] = []
@@ -58,8 +54,7 @@ class PagedCache:
         packed = PackedAttention(counts[fresh].tolist()) if fresh else None
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for flat, new in zip(self.data[layer].flatten(1, 3), (k, v), strict=True):
-                flat.index_copy_(0, where, new.flatten(0, 1))
+            write(layer, k, v)
             out = q.new_empty(len(q), q.shape[1] * q.shape[2])
             if parts:
                 out[:num_decode] = parts[0](layer, q[:num_decode])
@@ -72,6 +67,22 @@ class PagedCache:
             return out
 
         return attend
+
+    def writer(
+        self, positions: np.ndarray, counts: np.ndarray, tables: np.ndarray
+    ) -> Callable[[int, Tensor, Tensor], None]:
+        """How the keys and values [T, G, D] of a layer are kept for the tokens of a batch."""
+        heads, size = self.config.num_kv_heads, self.page_tokens
+        owner = np.repeat(np.arange(len(counts)), counts)
+        pages = tables[owner, positions // size].astype(np.int64)
+        rows = (pages[:, None] * heads + np.arange(heads)) * size + (positions % size)[:, None]
+        where = torch.from_numpy(rows.reshape(-1)).to(self.data.device)
+
+        def write(layer: int, k: Tensor, v: Tensor) -> None:
+            for flat, new in zip(self.data[layer].flatten(1, 3), (k, v), strict=True):
+                flat.index_copy_(0, where, new.flatten(0, 1))
+
+        return write
 
     def _continued(self, layer: int, q: Tensor, table: np.ndarray, start: int) -> Tensor:
         """Attention of tokens start..start+n of one sequence over all of it so far: [n, H, D] -> [n, H * D]."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ...runtime.exchange import Manifest, Receiver
 from .requests import Chunk, Request
@@ -55,7 +57,12 @@ class LocalBackend:
         self._receiver.close()
 
     async def load(self, manifest: Manifest) -> None:
-        await self._worker.in_thread(self._load, manifest)
+        tensors = await self._receive(manifest)
+        await self._worker.in_thread(self._load, manifest.version, tensors)
+
+    async def _receive(self, manifest: Manifest) -> Mapping[str, np.ndarray]:
+        """The tensors of a version, as the runner takes them."""
+        return await self._worker.in_thread(self._receiver.receive, manifest)
 
     def check(self, request: Request) -> None:
         assert self._engine is not None
@@ -135,18 +142,17 @@ class LocalBackend:
         }  # fmt: skip
         return chunks, more
 
-    def _load(self, manifest: Manifest) -> None:
+    def _load(self, version: int, tensors: Mapping[str, np.ndarray]) -> None:
         """On the actor's thread, hence between two turns."""
         from .engine import Engine
 
-        tensors = self._receiver.receive(manifest)
         if self._engine is not None:
-            self._engine.load(self._engine.prepare(manifest.version, tensors))
-            self._stats = {**self._stats, "version": manifest.version}
+            self._engine.load(self._engine.prepare(version, tensors))
+            self._stats = {**self._stats, "version": version}
             return
         worker = self._worker
         self._engine = Engine(
-            worker.model, tensors, version=manifest.version, num_slots=worker.num_slots,
+            worker.model, tensors, version=version, num_slots=worker.num_slots,
             max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
             eos_id=worker.task.eos_id, seed=worker.run.seed, chunk_tokens=worker.chunk_tokens,
         )  # fmt: skip

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...runtime.worker import Worker
+from ..meeting import LOOPBACK, meeting_file
 from ..model.config import ModelConfig
 from .packing import pack, plan
 from .workload import Workload, workload_of
@@ -122,7 +123,7 @@ class Gang(Ranks):
 
     def _met(self) -> dist.ProcessGroup:
         if self._group is None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
             self._meeting.parent.mkdir(parents=True, exist_ok=True)
             dist.init_process_group(
                 "gloo",
@@ -140,10 +141,7 @@ def join_ranks(worker: Worker, run: Path, model: ModelConfig) -> Ranks:
     """The ranks of a worker's group, in this epoch. Called as it starts: by the first rank before the others."""
     if worker.layout.size == 1:
         return ALONE
-    meeting = run / "ranks" / f"{worker.name.partition('/')[0]}-{worker.epoch}"
-    if worker.rank == 0:
-        meeting.unlink(missing_ok=True)  # An earlier process of this run has counted the same epochs.
-    return Gang(worker.rank, worker.layout.size, meeting, workload_of(model))
+    return Gang(worker.rank, worker.layout.size, meeting_file(worker, run), workload_of(model))
 
 
 def _sum(flat: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""A rollout worker over several ranks. Importing this package imports no torch."""
