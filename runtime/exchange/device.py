@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import BadWeights, TransferFailed
 from .header import stored
+from .payload import MAX_FINITE
 
 WORD_MASK = (1 << 64) - 1
 
@@ -41,9 +42,6 @@ _NAMES = {
     "int8": "|i1", "uint8": "|u1", "bool": "|b1",
 }  # fmt: skip
 """torch's names of dtypes for which numpy has another; bfloat16 and float8_e4m3fn keep theirs."""
-
-_NOT_FINITE = {"bfloat16": 0x7F80, "float8_e4m3fn": 0x7F}
-"""Bits that are all set in NaN (and infinity, where there is one), for dtypes that travel as integers."""
 
 
 def why_no_gpu(number: int = 0) -> str:
@@ -109,6 +107,12 @@ class Gpu:
 
         return cupy.empty(num_bytes, np.uint8)
 
+    def new(self, dtype: str, shape: tuple[int, ...]) -> Any:
+        """An array for a tensor of that dtype."""
+        import cupy
+
+        return cupy.empty(shape, stored(dtype))
+
     def from_host(self, array: np.ndarray) -> Any:
         import cupy
 
@@ -154,27 +158,33 @@ class Gpu:
         self._checksum(words, np.int64(len(words)), partial)
         out[:] = partial.sum(dtype=np.uint64) + np.uint64(mix(-1 - data.nbytes))
 
-    def refuse_non_finite(self, arrays: Mapping[str, tuple[str, Any]], version: int) -> None:
-        """Raises BadWeights if a value of name -> (dtype, array) is NaN or infinite. One look at all of them."""
+    def largest(self, arrays: Sequence[Any]) -> np.ndarray:
+        """The largest element of each, as float64; integers above 2^53 are rounded."""
         import cupy
 
-        counts = {}
-        for name, (dtype, array) in arrays.items():
-            bits = _NOT_FINITE.get(dtype)
-            if bits is not None:
-                counts[name] = ((array & bits) == bits).sum()
-            elif array.dtype.kind == "f":
-                counts[name] = (~cupy.isfinite(array)).sum()
-        if not counts:
-            return
-        bad = self.to_host(cupy.stack(list(counts.values())))
-        if bad.any():
-            first = int(bad.argmax())
-            raise BadWeights(
-                f"{list(counts)[first]} of version {version} has {bad[first]} values that are not finite (NaN, infinity) "
-                "and was not published. Look at the loss of the last step, lower the learning rate, or go back to a "
-                "checkpoint"
-            )
+        return self.to_host(cupy.stack([array.max().astype(np.float64) for array in arrays]))
+
+
+def refuse_non_finite(device: Gpu, arrays: Mapping[str, tuple[str, Any]], version: int) -> None:
+    """Raises BadWeights if a value of name -> (dtype, array) is NaN or infinite.
+
+    As integers, what is not finite lies above all else of its sign, see payload.py; one look at all the maxima.
+    """
+    names, views, least = [], [], []
+    for name, (dtype, array) in arrays.items():
+        if dtype in MAX_FINITE and array.size:
+            signed, unsigned, bits = MAX_FINITE[dtype]
+            names += [name, name]
+            views += [array.view(signed), array.view(unsigned)]
+            least += [bits, bits + np.iinfo(signed).max + 1]
+    if not names:
+        return
+    bad = device.largest(views) >= np.array(least, np.float64)
+    if bad.any():
+        raise BadWeights(
+            f"{names[int(bad.argmax())]} of version {version} has values that are not finite (NaN, infinity) and was "
+            "not published. Look at the loss of the last step, lower the learning rate, or go back to a checkpoint"
+        )
 
 
 def dtype_name(tensor: Any) -> str:

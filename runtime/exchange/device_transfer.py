@@ -1,7 +1,7 @@
 """A rank's schedule as waves of a communicator: each bucket is packed, travels and is checked where the weights are.
 
     sender     arrays --boxes--> [header | bucket] --send-->      the checksum is written into the header on the GPU
-    receiver   --receive--> [header | bucket] --boxes--> arrays   header and own checksum are kept; `verify` compares all
+    receiver   --receive--> [header | bucket] --boxes--> arrays   header and own checksum are kept for `verify`
 
 One buffer is all that a rank needs beside its arrays: everything is enqueued on one stream, so that a bucket is packed
 when the one before has gone. Nothing is read back before `verify`. Weights travel in their own dtype: those that a
@@ -20,7 +20,7 @@ from ..errors import CorruptWeights
 from .buckets import Bucket, Schedule
 from .communicator import Part, Wave
 from .header import BucketHeader
-from .staging import HEADER_BYTES, _box, copy_local
+from .staging import HEADER_BYTES, box_of, copy_local
 
 Arrays = Mapping[str, Any]
 """What a rank holds, by name: arrays on its device, of the dtypes that header.stored says."""
@@ -126,7 +126,7 @@ class DeviceTransfer:
     def _pack(self, number: int, bucket: Bucket) -> None:
         payload = self._buffer[HEADER_BYTES : HEADER_BYTES + bucket.nbytes]
         for row in range(bucket.first, bucket.last):
-            box, _ = _box(self._schedule, self._source, row, sending=True)
+            box, _ = box_of(self._schedule, self._source, row, sending=True)
             target = payload[self._schedule.offset[row] :][: box.nbytes]
             target.view(box.dtype).reshape(box.shape)[...] = box
         header = self._buffer[:HEADER_BYTES]
@@ -138,6 +138,6 @@ class DeviceTransfer:
         self._headers[number] = self._buffer[:HEADER_BYTES]
         self._device.checksum(payload, self._sums[number : number + 1])
         for row in range(bucket.first, bucket.last):
-            box, _ = _box(self._schedule, self._dest, row, sending=False)
+            box, _ = box_of(self._schedule, self._dest, row, sending=False)
             source = payload[self._schedule.offset[row] :][: box.nbytes]
             box[...] = source.view(box.dtype).reshape(box.shape)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .carrier import Copy
 
 _ZEROS = np.zeros(ALIGN, np.uint8)
-_MAX_FINITE = {
+MAX_FINITE = {
     "<f2": (np.int16, np.uint16, 0x7C00), "bfloat16": (np.int16, np.uint16, 0x7F80),
     "<f4": (np.int32, np.uint32, 0x7F80 << 16), "<f8": (np.int64, np.uint64, 0x7FF << 52),
     "float8_e4m3fn": (np.int8, np.uint8, 0x7F),
@@ -122,9 +122,9 @@ def refuse_non_finite(data: np.ndarray, spec: TensorSpec, version: int) -> None:
 
     As integers, what is not finite lies above all else of its sign: two maxima find it, at the speed of the cache.
     """
-    if spec.dtype not in _MAX_FINITE or not data.size:
+    if spec.dtype not in MAX_FINITE or not data.size:
         return
-    signed, unsigned, least = _MAX_FINITE[spec.dtype]
+    signed, unsigned, least = MAX_FINITE[spec.dtype]
     sign = np.iinfo(signed).max + 1
     if data.view(signed).max() < least and data.view(unsigned).max() < least + sign:
         return
