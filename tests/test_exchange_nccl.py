@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +38,6 @@ from headrace.runtime.exchange.nccl import NcclSink, NcclSource
 from headrace.runtime.exchange.plan import Plan, make_plan
 
 LIMITS = Limits(init_s=10.0, look_s=5.0, abort_s=0.5)
-epochs = itertools.count()
 
 
 def tensors(seed: int) -> dict[str, Any]:
@@ -271,6 +276,52 @@ def test_errors_of_the_library_are_reported_as_failed_transfers(nccl: Any):
     if not device.why_no_gpu():
         pytest.skip("there is a GPU: tests/gpu/exchange")
     fabric = CupyFabric(device.Gpu())
-    with pytest.raises(TransferFailed, match="init on GPU 0: cudaErrorInsufficientDriver"):
+    with pytest.raises(TransferFailed, match="GPU 0: cudaErrorInsufficientDriver"):
         fabric.init(1, nccl.get_unique_id(), 0)
     fabric.abort()
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A library that says it is NCCL."""
+    pytest.importorskip("cupy")
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    library = tmp_path_factory.mktemp("nccl") / "libnccl.so.2"
+    source = Path(__file__).with_name("stub_nccl.cpp")
+    flags = ["-std=c++17", "-shared", "-fPIC", "-pthread", "-Wl,-soname,libnccl.so.2"]
+    subprocess.run(["g++", *flags, "-o", library, source], check=True)
+    return str(library)
+
+
+def run_stub(stub: str, *cases: str) -> tuple[list[Any], subprocess.CompletedProcess[str]]:
+    """First and second attempt of each case."""
+    script = Path(__file__).with_name("stub_nccl_main.py")
+    environment = os.environ | {"LD_LIBRARY_PATH": str(Path(stub).parent)}
+    command = [sys.executable, "-P", script, stub, *cases]
+    environment["PYTHONPATH"] = str(script.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment, check=False)
+    return [json.loads(line) for line in done.stdout.splitlines()], done
+
+
+def test_cupys_binding_moves_whole_weights_and_every_fault_is_over_after_an_abort(stub: str):
+    """cupy lets go of the GIL in calls that hang, and an abort from another thread ends them."""
+    whole = ["sent", "whole", "whole"]
+    cases = ("none", "group hang:1", "group hang:0", "group error:2", "async error:1")
+    outcomes, done = run_stub(stub, *cases)
+    assert done.returncode == 0, done.stderr
+    assert outcomes[0] == [whole, whole]
+    for case, (first, second) in zip(cases[1:], outcomes[1:], strict=True):
+        assert second == whole, (case, second)
+        assert all(one in ("sent", "whole") or one.startswith("TransferFailed: ") for one in first), (case, first)
+        assert first != whole, case
+    assert "nothing moved for 0.5 s" in outcomes[1][0][1]
+    assert "group end on GPU 0: NCCL_ERROR_REMOTE_ERROR: a peer has gone" in outcomes[3][0][2]
+    assert "look for asynchronous errors on GPU 0: NCCL_ERROR_REMOTE_ERROR" in outcomes[4][0][1]
+
+
+@pytest.mark.parametrize("case", ("init hang:2", "group stuck:1", "abort hang:1"))
+def test_what_hangs_even_after_an_abort_ends_its_process_once_it_was_said(stub: str, case: str):
+    _, done = run_stub(stub, case)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert "this process must end" in done.stderr

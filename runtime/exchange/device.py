@@ -89,17 +89,38 @@ class Gpu:
         """A block whose work is enqueued on this GPU; on return it is done, unless the stream is the caller's."""
         import cupy
 
-        try:
-            with cupy.cuda.Device(self.number):
-                own = stream or cupy.cuda.Stream(non_blocking=True)
+        with self.on():
+            own = stream or self.stream()
+            try:
                 with own:
                     yield
                     if stream is None:
                         own.synchronize()
+            except cupy.cuda.memory.OutOfMemoryError as error:
+                raise TransferFailed(f"GPU {self.number} has no room: {error}; use smaller buckets") from None
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """A block whose calls go to this GPU; what CUDA reports in it becomes TransferFailed."""
+        import cupy
+
+        try:
+            with cupy.cuda.Device(self.number):
+                yield
         except cupy.cuda.runtime.CUDARuntimeError as error:
             raise TransferFailed(f"GPU {self.number}: {error}") from None
-        except cupy.cuda.memory.OutOfMemoryError as error:
-            raise TransferFailed(f"GPU {self.number} has no room: {error}; use smaller buckets") from None
+
+    def stream(self) -> Any:
+        """A new one, that waits for no other."""
+        import cupy
+
+        return cupy.cuda.Stream(non_blocking=True)
+
+    def event(self, stream: Any) -> Any:
+        """One behind all that was enqueued on a stream; it has `done`."""
+        import cupy
+
+        return stream.record(cupy.cuda.Event(disable_timing=True))
 
     def empty(self, num_bytes: int) -> Any:
         """uint8 [num_bytes]"""

@@ -15,10 +15,8 @@ becomes KeyError). Not yet measured on a GPU.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import secrets
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,14 +30,12 @@ from .device import Gpu, refuse_non_finite, why_no_gpu, why_no_nccl
 from .device_transfer import DeviceTransfer
 from .header import ALIGN, Manifest, Route, TensorSpec
 from .holding import Held, Holding, Part, Whole
+from .last_resort import end_this_process
 from .mesh import Mesh
 from .plan import Plan, make_plan
 
 BUCKET_BYTES = 32 << 20
 """Large enough for the rate of a link between GPUs; memory that each end needs beside the weights."""
-
-REPORT_S = 0.5
-"""A process that must end has so long to say so."""
 
 UNIQUE_ID_BYTES = 128
 
@@ -53,11 +49,10 @@ class CupyFabric:
         self._comm: Any = None
 
     def init(self, size: int, token: bytes, rank: int) -> None:
-        import cupy
         from cupy.cuda import nccl
 
-        with self._reported("init"), cupy.cuda.Device(self._gpu.number):
-            self._stream = cupy.cuda.Stream(non_blocking=True)
+        with self._reported("init"):
+            self._stream = self._gpu.stream()
             self._comm = nccl.NcclCommunicator(size, token, rank)
 
     def run(self, work: Callable[[], None]) -> None:
@@ -83,24 +78,21 @@ class CupyFabric:
             self._comm.recv(address, num_bytes, nccl.NCCL_UINT8, peer, self._stream.ptr)
 
     def group_end(self) -> None:
-        import cupy
         from cupy.cuda import nccl
 
-        with self._reported("group end"), cupy.cuda.Device(self._gpu.number):
+        with self._reported("group end"):
             nccl.groupEnd()
 
     def record(self) -> Any:
-        import cupy
-
-        with self._reported("event"), cupy.cuda.Device(self._gpu.number):
-            return self._stream.record(cupy.cuda.Event(disable_timing=True))
+        with self._reported("event"):
+            return self._gpu.event(self._stream)
 
     def done(self, event: Any) -> bool:
         with self._reported("event query"):
             return bool(event.done)
 
     def check(self) -> None:
-        with self._reported("NCCL's asynchronous error"):
+        with self._reported("look for asynchronous errors"):
             self._comm.check_async_error()
 
     def abort(self) -> None:
@@ -108,20 +100,18 @@ class CupyFabric:
             self._comm.abort()
 
     def finalize(self) -> None:
-        import cupy
-
-        with self._reported("destroy"), cupy.cuda.Device(self._gpu.number):
+        with self._reported("destroy"):
             self._stream.synchronize()
             self._comm.destroy()
 
     @contextmanager
     def _reported(self, step: str) -> Iterator[None]:
-        import cupy
         from cupy.cuda import nccl
 
         try:
-            yield
-        except (nccl.NcclError, cupy.cuda.runtime.CUDARuntimeError) as error:
+            with self._gpu.on():
+                yield
+        except nccl.NcclError as error:
             raise TransferFailed(f"{step} on GPU {self._gpu.number}: {error}") from None
 
 
@@ -134,14 +124,6 @@ def whole_plan(manifest: Manifest, route: Route) -> Plan:
     held = [Held(spec.name, (Part(Whole(spec.name, spec.dtype, tuple(spec.shape))),)) for spec in manifest.tensors]
     members = Mesh({"member": len(route.members) - 1}, first=1)
     return make_plan(Holding(Mesh({"publisher": 1}), held), Holding(members, held))
-
-
-def end_this_process(why: str) -> None:
-    """Ends it, at once and for certain, when what is said now has had time to go out."""
-    logging.getLogger(__name__).critical("this process ends: %s", why)
-    timer = threading.Timer(REPORT_S, os.kill, (os.getpid(), signal.SIGKILL))
-    timer.daemon = True
-    timer.start()
 
 
 class NcclEnd:
