@@ -320,6 +320,7 @@ def test_cupys_binding_moves_whole_weights_and_every_fault_is_over_after_an_abor
     assert "look for asynchronous errors on GPU 0: NCCL_ERROR_REMOTE_ERROR" in outcomes[4][0][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ("init hang:2", "group stuck:1", "abort hang:1"))
 def test_what_hangs_even_after_an_abort_ends_its_process_once_it_was_said(stub: str, case: str):
     _, done = run_stub(stub, case)

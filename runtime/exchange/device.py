@@ -197,7 +197,7 @@ def refuse_non_finite(device: Gpu, arrays: Mapping[str, tuple[str, Any]], versio
             signed, unsigned, bits = MAX_FINITE[dtype]
             names += [name, name]
             views += [array.view(signed), array.view(unsigned)]
-            least += [bits, bits + np.iinfo(signed).max + 1]
+            least += [bits, bits + (1 << 8 * array.itemsize - 1)]
     if not names:
         return
     bad = device.largest(views) >= np.array(least, np.float64)

@@ -32,8 +32,11 @@ class _Times(ctypes.Structure):
     """struct itimerspec"""
 
     _fields_ = (
-        ("interval_s", ctypes.c_long), ("interval_ns", ctypes.c_long), ("value_s", ctypes.c_long), ("value_ns", ctypes.c_long),
-    )  # fmt: skip
+        ("interval_s", ctypes.c_long),
+        ("interval_ns", ctypes.c_long),
+        ("value_s", ctypes.c_long),
+        ("value_ns", ctypes.c_long),
+    )
 
 
 def end_this_process(why: str) -> None:

@@ -1,8 +1,8 @@
 """Planning the exchange of Qwen3-235B-A22B: from FSDP 64 x EP 8 x TP 4 to 16 engines of TP 8 / EP 8. Shapes only.
 
-"FSDP 64 x EP 8 x TP 4" is read both ways: EP's ranks are among FSDP's (256 ranks), or beside them (2,048 ranks); a figure
-is the worse of both. Planning ends when every copy has its sender, the bytes of each rank are known, and the busiest
-rank of each side has its buckets.
+"FSDP 64 x EP 8 x TP 4" is read both ways: EP's ranks are among FSDP's (256 ranks), or beside them (2,048 ranks); a
+figure is the worse of both. Planning ends when every copy has its sender, the bytes of each rank are known, and the
+busiest rank of each side has its buckets.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def _measure(folded: bool) -> dict[str, float]:
         "plan_sent_over_needed_ratio": int(traffic.sent.sum()) / int(dest.nbytes().sum()),
         "plan_sent_twice_count": sum(_twice(plan, rank) for rank in sample[1].tolist()),
         "plan_peak_buckets_ratio": max(schedule.peak_bytes() for schedule in schedules) / BUCKET_BYTES,
-        "plan_largest_rank_of_model_ratio": max(side.nbytes().max() for side in (source, dest)) / dest.nbytes()[:8].sum(),
+        "plan_largest_rank_of_model_ratio": max(side.nbytes().max() for side in (source, dest))
+        / dest.nbytes()[:8].sum(),
         "plan_busiest_sender_over_mean_ratio": float(traffic.sent.max() / traffic.sent.mean()),
     }
 
