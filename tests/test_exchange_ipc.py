@@ -15,7 +15,7 @@ import torch
 from host_gpu import HostGpu
 
 from headrace.runtime.errors import BadWeights, CorruptWeights, ExchangeFull, StaleIncarnation, TransferFailed
-from headrace.runtime.exchange import device
+from headrace.runtime.exchange import cuda, device
 from headrace.runtime.exchange.header import Manifest, Route
 from headrace.runtime.exchange.ipc import HANDLE_BYTES, CudaMemory, IpcSink, IpcSource
 
@@ -183,7 +183,7 @@ def test_cupys_runtime_has_what_the_carrier_calls():
         "ipcCloseMemHandle": "ipcCloseMemHandle(intptr_t devPtr)",
     }.items():
         assert getattr(runtime, name).__doc__.splitlines()[0] == signature
-    if device.why_no_gpu():
+    if cuda.why_no_gpu():
         with pytest.raises(TransferFailed, match="can't map the publisher's memory on GPU 0"):
             CudaMemory(device.Gpu()).open(bytes(HANDLE_BYTES))
         with pytest.raises(ExchangeFull, match="can't get 1 MiB on GPU 0 to share weights"):

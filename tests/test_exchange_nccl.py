@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from headrace.runtime.errors import (
     StaleIncarnation,
     TransferFailed,
 )
-from headrace.runtime.exchange import device
+from headrace.runtime.exchange import cuda, device
 from headrace.runtime.exchange.communicator import Limits
 from headrace.runtime.exchange.header import Manifest, Route
 from headrace.runtime.exchange.holding import Held, Holding, Part, Split, Whole
@@ -223,11 +224,11 @@ def test_checksum_constants_are_those_of_the_kernels():
 
 
 def test_without_a_gpu_the_reason_is_said():
-    why = device.why_no_gpu()
+    why = cuda.why_no_gpu()
     if not why:
         pytest.skip("there is a GPU: tests/gpu/exchange")
     assert why.startswith(("there is no GPU", "cupy can't be imported"))
-    assert device.gpu_uuid() == ""
+    assert cuda.gpu_uuid() == ""
     with pytest.raises(TransferFailed, match="trainer can't exchange weights by NCCL: "):
         NcclSource("trainer").open(0)
 
@@ -273,7 +274,7 @@ def test_a_communicator_that_was_given_up_reports_instead_of_crashing(nccl: Any)
 def test_errors_of_the_library_are_reported_as_failed_transfers(nccl: Any):
     from headrace.runtime.exchange.nccl import CupyFabric
 
-    if not device.why_no_gpu():
+    if not cuda.why_no_gpu():
         pytest.skip("there is a GPU: tests/gpu/exchange")
     fabric = CupyFabric(device.Gpu())
     with pytest.raises(TransferFailed, match="GPU 0: cudaErrorInsufficientDriver"):
@@ -326,3 +327,27 @@ def test_what_hangs_even_after_an_abort_ends_its_process_once_it_was_said(stub: 
     _, done = run_stub(stub, case)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert "this process must end" in done.stderr
+
+
+def test_the_checksum_kernel_computes_what_the_reference_does(tmp_path: Path):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    program = tmp_path / "sum.cpp"
+    program.write_text(
+        "struct Threads { long long n; long long size() { return n; } };\n"
+        'extern "C" unsigned long long sum(const unsigned* words, long long count, long long threads) {\n'
+        "Threads _ind{threads}; unsigned long long all = 0, partial;\n"
+        "for (long long i = 0; i < threads; ++i) {" + device.CHECKSUM_SOURCE + "all += partial; }\n"
+        "return all; }\n"
+    )
+    library = tmp_path / "sum.so"
+    subprocess.run(["g++", "-O1", "-shared", "-fPIC", "-o", library, program], check=True)
+    function = ctypes.CDLL(str(library)).sum
+    function.restype = ctypes.c_uint64
+    for num_bytes in (16, 4096, 100_000):
+        data = torch.randint(
+            0, 256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(num_bytes)
+        )
+        for threads in (1, 7, 1000):
+            got = function(ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(num_bytes // 4), ctypes.c_int64(threads))
+            assert (got + device.mix(-1 - num_bytes)) & device.WORD_MASK == int(checksum(data)) & device.WORD_MASK

@@ -10,7 +10,6 @@ buckets (kernels/reference/bucket.py), computed where the bytes are. Knows nothi
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadWeights, TransferFailed
+from .cuda import cupy
 from .header import stored
 from .payload import MAX_FINITE
 
@@ -44,39 +44,6 @@ _NAMES = {
 """torch's names of dtypes for which numpy has another; bfloat16 and float8_e4m3fn keep theirs."""
 
 
-def why_no_gpu(number: int = 0) -> str:
-    """Why this process can't use a GPU through cupy; empty if it can."""
-    try:
-        import cupy
-    except ImportError as error:
-        return f"cupy can't be imported ({error}); install headrace[cuda]"
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"there is no GPU ({error})"
-    return "" if number < count else f"there is no GPU {number}, only {count}"
-
-
-def why_no_nccl() -> str:
-    """Why this process can't use NCCL through cupy; empty if it can. A GPU is another question."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # cupy warns, at length, of what is said here in a line.
-        try:
-            from cupy.cuda import nccl
-        except ImportError as error:
-            return f"cupy can't be imported ({error}); install headrace[cuda]"
-    return "" if nccl.available else "cupy finds no NCCL; install nvidia-nccl-cu13"
-
-
-def gpu_uuid(number: int = 0) -> str:
-    """What tells this GPU from all others: two processes with equal ones sit on one GPU. Empty without a GPU."""
-    if why_no_gpu(number):
-        return ""
-    import cupy
-
-    return bytes(cupy.cuda.runtime.getDeviceProperties(number)["uuid"]).hex()
-
-
 class Gpu:
     """GPU `number`. Methods but `here` and `wrap` are called inside `here`."""
 
@@ -87,8 +54,6 @@ class Gpu:
     @contextmanager
     def here(self, stream: Any = None) -> Iterator[None]:
         """A block whose work is enqueued on this GPU; on return it is done, unless the stream is the caller's."""
-        import cupy
-
         with self.on():
             own = stream or self.stream()
             try:
@@ -96,48 +61,36 @@ class Gpu:
                     yield
                     if stream is None:
                         own.synchronize()
-            except cupy.cuda.memory.OutOfMemoryError as error:
+            except cupy().cuda.memory.OutOfMemoryError as error:
                 raise TransferFailed(f"GPU {self.number} has no room: {error}; use smaller buckets") from None
 
     @contextmanager
     def on(self) -> Iterator[None]:
         """A block whose calls go to this GPU; what CUDA reports in it becomes TransferFailed."""
-        import cupy
-
         try:
-            with cupy.cuda.Device(self.number):
+            with cupy().cuda.Device(self.number):
                 yield
-        except cupy.cuda.runtime.CUDARuntimeError as error:
+        except cupy().cuda.runtime.CUDARuntimeError as error:
             raise TransferFailed(f"GPU {self.number}: {error}") from None
 
     def stream(self) -> Any:
         """A new one, that waits for no other."""
-        import cupy
-
-        return cupy.cuda.Stream(non_blocking=True)
+        return cupy().cuda.Stream(non_blocking=True)
 
     def event(self, stream: Any) -> Any:
         """One behind all that was enqueued on a stream; it has `done`."""
-        import cupy
-
-        return stream.record(cupy.cuda.Event(disable_timing=True))
+        return stream.record(cupy().cuda.Event(disable_timing=True))
 
     def empty(self, num_bytes: int) -> Any:
         """uint8 [num_bytes]"""
-        import cupy
-
-        return cupy.empty(num_bytes, np.uint8)
+        return cupy().empty(num_bytes, np.uint8)
 
     def new(self, dtype: str, shape: tuple[int, ...]) -> Any:
         """An array for a tensor of that dtype."""
-        import cupy
-
-        return cupy.empty(shape, stored(dtype))
+        return cupy().empty(shape, stored(dtype))
 
     def from_host(self, array: np.ndarray) -> Any:
-        import cupy
-
-        return cupy.asarray(array)
+        return cupy().asarray(array)
 
     def to_host(self, array: Any) -> np.ndarray:
         """Waits for what was enqueued before."""
@@ -148,10 +101,8 @@ class Gpu:
 
     def wrap(self, address: int, num_bytes: int, owner: Any = None) -> Any:
         """Memory of somebody else as uint8 [num_bytes]; `owner` lives as long as the array."""
-        import cupy
-
-        memory = cupy.cuda.UnownedMemory(address, num_bytes, owner, self.number)
-        return cupy.ndarray((num_bytes,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
+        memory = cupy().cuda.UnownedMemory(address, num_bytes, owner, self.number)
+        return cupy().ndarray((num_bytes,), np.uint8, cupy().cuda.MemoryPointer(memory, 0))
 
     def adopt(self, tensor: Any) -> tuple[str, Any]:
         """(name of the dtype, an array that shares the memory of `tensor`), which is contiguous and on this GPU."""
@@ -168,22 +119,18 @@ class Gpu:
 
     def checksum(self, data: Any, out: Any) -> None:
         """Writes that of uint8 [a multiple of 4] into uint64 [1]; both are here."""
-        import cupy
-
         if self._checksum is None:
-            self._checksum = cupy.ElementwiseKernel(
+            self._checksum = cupy().ElementwiseKernel(
                 "raw uint32 words, int64 count", "uint64 partial", CHECKSUM_SOURCE, "headrace_exchange_checksum"
             )
         words = data.view(np.uint32)
-        partial = cupy.empty(min(_PARTIAL_SUMS, max(1, len(words))), np.uint64)
+        partial = cupy().empty(min(_PARTIAL_SUMS, max(1, len(words))), np.uint64)
         self._checksum(words, np.int64(len(words)), partial)
         out[:] = partial.sum(dtype=np.uint64) + np.uint64(mix(-1 - data.nbytes))
 
     def largest(self, arrays: Sequence[Any]) -> np.ndarray:
         """The largest element of each, as float64; integers above 2^53 are rounded."""
-        import cupy
-
-        return self.to_host(cupy.stack([array.max().astype(np.float64) for array in arrays]))
+        return self.to_host(cupy().stack([array.max().astype(np.float64) for array in arrays]))
 
 
 def refuse_non_finite(device: Gpu, arrays: Mapping[str, tuple[str, Any]], version: int) -> None:

@@ -23,7 +23,8 @@ import numpy as np
 
 from ..errors import CorruptWeights, ExchangeFull, StaleIncarnation, TransferFailed
 from .carrier import Copy, Tensors
-from .device import Gpu, why_no_gpu
+from .cuda import cupy, why_no_gpu
+from .device import Gpu
 from .header import Manifest, Route, stored
 from .nccl import described
 
@@ -59,38 +60,30 @@ class CudaMemory:
         self._gpu = gpu
 
     def allocate(self, num_bytes: int) -> tuple[int, bytes]:
-        import cupy
-
         try:
-            with cupy.cuda.Device(self._gpu.number):
-                address = int(cupy.cuda.runtime.malloc(num_bytes))
-                return address, bytes(cupy.cuda.runtime.ipcGetMemHandle(address))
-        except cupy.cuda.runtime.CUDARuntimeError as error:
+            with cupy().cuda.Device(self._gpu.number):
+                address = int(cupy().cuda.runtime.malloc(num_bytes))
+                return address, bytes(cupy().cuda.runtime.ipcGetMemHandle(address))
+        except cupy().cuda.runtime.CUDARuntimeError as error:
             raise ExchangeFull(
                 f"can't get {num_bytes >> 20} MiB on GPU {self._gpu.number} to share weights: {error}; free memory "
                 'there, or name another carrier (carrier = "shm")'
             ) from None
 
     def free(self, address: int) -> None:
-        import cupy
-
-        with cupy.cuda.Device(self._gpu.number):
-            cupy.cuda.runtime.free(address)
+        with cupy().cuda.Device(self._gpu.number):
+            cupy().cuda.runtime.free(address)
 
     def open(self, handle: bytes) -> int:
-        import cupy
-
         try:
-            with cupy.cuda.Device(self._gpu.number):
-                return int(cupy.cuda.runtime.ipcOpenMemHandle(handle))
-        except cupy.cuda.runtime.CUDARuntimeError as error:
+            with cupy().cuda.Device(self._gpu.number):
+                return int(cupy().cuda.runtime.ipcOpenMemHandle(handle))
+        except cupy().cuda.runtime.CUDARuntimeError as error:
             raise TransferFailed(f"can't map the publisher's memory on GPU {self._gpu.number}: {error}") from None
 
     def close(self, address: int) -> None:
-        import cupy
-
-        with cupy.cuda.Device(self._gpu.number):
-            cupy.cuda.runtime.ipcCloseMemHandle(address)
+        with cupy().cuda.Device(self._gpu.number):
+            cupy().cuda.runtime.ipcCloseMemHandle(address)
 
 
 class _Shared:

@@ -26,7 +26,8 @@ from ..errors import BadWeights, CommunicatorHung, StaleIncarnation, TransferFai
 from .buckets import Schedule
 from .carrier import Copy, Tensors
 from .communicator import Communicator, Fabric, Limits
-from .device import Gpu, refuse_non_finite, why_no_gpu, why_no_nccl
+from .cuda import nccl, why_no_gpu, why_no_nccl
+from .device import Gpu, refuse_non_finite
 from .device_transfer import DeviceTransfer
 from .header import ALIGN, Manifest, Route, TensorSpec
 from .holding import Held, Holding, Part, Whole
@@ -49,39 +50,29 @@ class CupyFabric:
         self._comm: Any = None
 
     def init(self, size: int, token: bytes, rank: int) -> None:
-        from cupy.cuda import nccl
-
         with self._reported("init"):
             self._stream = self._gpu.stream()
-            self._comm = nccl.NcclCommunicator(size, token, rank)
+            self._comm = nccl().NcclCommunicator(size, token, rank)
 
     def run(self, work: Callable[[], None]) -> None:
         with self._gpu.here(self._stream):
             work()
 
     def group_start(self) -> None:
-        from cupy.cuda import nccl
-
         with self._reported("group start"):
-            nccl.groupStart()
+            nccl().groupStart()
 
     def send(self, address: int, num_bytes: int, peer: int) -> None:
-        from cupy.cuda import nccl
-
         with self._reported("send"):
-            self._comm.send(address, num_bytes, nccl.NCCL_UINT8, peer, self._stream.ptr)
+            self._comm.send(address, num_bytes, nccl().NCCL_UINT8, peer, self._stream.ptr)
 
     def receive(self, address: int, num_bytes: int, peer: int) -> None:
-        from cupy.cuda import nccl
-
         with self._reported("receive"):
-            self._comm.recv(address, num_bytes, nccl.NCCL_UINT8, peer, self._stream.ptr)
+            self._comm.recv(address, num_bytes, nccl().NCCL_UINT8, peer, self._stream.ptr)
 
     def group_end(self) -> None:
-        from cupy.cuda import nccl
-
         with self._reported("group end"):
-            nccl.groupEnd()
+            nccl().groupEnd()
 
     def record(self) -> Any:
         with self._reported("event"):
@@ -106,12 +97,10 @@ class CupyFabric:
 
     @contextmanager
     def _reported(self, step: str) -> Iterator[None]:
-        from cupy.cuda import nccl
-
         try:
             with self._gpu.on():
                 yield
-        except nccl.NcclError as error:
+        except nccl().NcclError as error:
             raise TransferFailed(f"{step} on GPU {self._gpu.number}: {error}") from None
 
 
@@ -229,9 +218,7 @@ class NcclSource(NcclEnd):
         """NCCL's unique id: this process listens for those who come with it."""
         if why := why_no_nccl() or why_no_gpu(self._gpu.number):
             raise TransferFailed(f"{self.name} can't exchange weights by NCCL: {why}")
-        from cupy.cuda import nccl
-
-        return "", bytes(nccl.get_unique_id())
+        return "", bytes(nccl().get_unique_id())
 
     def send(self, manifest: Manifest, route: Route) -> None:
         """Raises StaleIncarnation if that is not the version it has; TransferFailed, CommunicatorHung."""
