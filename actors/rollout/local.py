@@ -132,9 +132,10 @@ class LocalBackend:
         for key in cancelled:
             engine.cancel(key)
         chunks: list[Chunk] = []
+        idle = not self._busy_since
         for _ in range(STEPS_PER_TURN):
             chunks += engine.step()
-            if not engine.num_live:
+            if not engine.num_live or (idle and chunks):
                 break
         more = engine.num_live + engine.num_waiting > 0
         ended = time.perf_counter()
