@@ -163,8 +163,8 @@ class Slots:
     def truncation(self) -> dict[str, np.ndarray]:
         """top_k int64, top_p and min_p float32 of the live responses, each only if any of them asks for it."""
         live = slice(self.num_live)
-        settings = {"top_k": (self._top_k, 0), "top_p": (self._top_p, 1), "min_p": (self._min_p, 0)}
-        return {name: values[live] for name, (values, off) in settings.items() if (values[live] != off).any()}
+        settings = (("top_k", self._top_k, 0), ("top_p", self._top_p, 1), ("min_p", self._min_p, 0))
+        return {name: values[live] for name, values, off in settings if (values[live] != off).any()}
 
     def append(self, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """Adds a token (int64 [num_live]) and its log-probability (float32 [num_live]) to each live response."""
@@ -188,7 +188,7 @@ class Slots:
 
     def asked(self, slot: int) -> Request:
         """The request of a response; its prefixes are of the time it was given a slot."""
-        request = self._asked[self._row[slot]]
+        request = self._asked[int(self._row[slot])]
         assert request is not None
         return request
 
