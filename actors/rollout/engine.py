@@ -82,7 +82,7 @@ class Engine:
         eos_id: int,
         seed: int,
         chunk_tokens: int = 32,
-        page_tokens: int = 16,
+        page_tokens: int = 4,
         kv_tokens: int | None = None,
         prefill_tokens: int = 512,
         max_waiting: int = 65_536,
