@@ -232,12 +232,12 @@ class Engine:
         self._scheduler.forget_computed()
 
     def now_in(self, precision: str) -> None:
-        """Says, for the record, what precision later tokens are computed in."""
+        """For the record: later tokens are computed in this precision. What there is, is handed out apart from them."""
         self._outbox = self.flush()
         self._precision = precision
         for opened in self._open.values():
             opened.origin = replace(opened.origin, precision=precision)
-        self._slots.tell_origin()
+        self._slots.say_origins()
 
     @torch.inference_mode()
     def step(self) -> list[Chunk]:
