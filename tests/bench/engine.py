@@ -54,6 +54,7 @@ SECTION_S = 900.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="with each peer (default 5)")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of each peer (default 2)")
     parser.add_argument("--run", type=Path, metavar="DIR", help="take this run of bin/clusters/fp8.toml for FP8")
     parser.add_argument(
         "--only", choices=SECTIONS, action="append", metavar="SECTION", help=f"one of {', '.join(SECTIONS)}"
@@ -66,7 +67,7 @@ def measure(options: argparse.Namespace, say: Say) -> Figures:
     wanted = options.only or SECTIONS
     figures: dict[str, float | None] = dict.fromkeys(bar.name for bar in BARS)
     if "peers" in wanted:
-        figures |= _peers(options.rounds, say)
+        figures |= _peers(options.rounds, options.threads, say)
     if "decode" in wanted:
         say("decoding inside the actor and bare")
         figures |= _script("_engine_decode.py")
@@ -80,7 +81,7 @@ def measure(options: argparse.Namespace, say: Say) -> Figures:
     return figures
 
 
-def _peers(rounds: int, say: Say) -> dict[str, float]:
+def _peers(rounds: int, threads: int, say: Say) -> dict[str, float]:
     work = make_work()
     with tempfile.TemporaryDirectory() as folder:
         save_model(work, Path(folder))
@@ -89,7 +90,7 @@ def _peers(rounds: int, say: Say) -> dict[str, float]:
         try:
             for name in PEERS:
                 say(f"{name}: first pass")
-                processes[name] = _start(name, folder)
+                processes[name] = _start(name, folder, threads)
             for number in range(rounds):
                 say(f"round {number + 1} of {rounds}: all write {work.num_tokens} tokens")
                 for name, process in processes.items():
@@ -111,9 +112,9 @@ def _peers(rounds: int, say: Say) -> dict[str, float]:
     }
 
 
-def _start(name: str, folder: str) -> subprocess.Popen[str]:
+def _start(name: str, folder: str, threads: int) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-P", str(FOLDER / "_engine_peers.py"), name, folder],
+        [sys.executable, "-P", str(FOLDER / "_engine_peers.py"), name, folder, str(threads)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment(),
     )  # fmt: skip
     assert process.stdout is not None
