@@ -18,6 +18,7 @@ from headrace.actors.rollout.openai.faults import KINDS, Fault
 from headrace.actors.rollout.openai.protocol import Event, completion_body, read_event
 from headrace.actors.rollout.openai.settings import check_base_url
 from headrace.actors.rollout.requests import Request
+from headrace.actors.types import Sampling
 from headrace.runtime.toml import ConfigError
 
 VOCAB, EOS = 50, 2
@@ -111,11 +112,12 @@ def test_an_answer_is_a_valid_response_whatever_comes(events: list[tuple[list[in
 
 @pytest.mark.parametrize("dialect", ["vllm", "sglang", "llama.cpp"])
 def test_requests_sample_from_the_whole_distribution(dialect: Any) -> None:
-    body = completion_body(dialect, "m", PROMPT, max_tokens=9, temperature=1.0, eos_id=EOS, seed=4)
+    body = completion_body(dialect, "m", PROMPT, max_tokens=9, sampling=Sampling(), ends=(EOS, 9), seed=4)
     assert (body["prompt"], body["max_tokens"], body["temperature"], body["seed"]) == (PROMPT, 9, 1.0, 4)
     assert (body["top_p"], body["min_p"], body["stream"]) == (1.0, 0.0, True)
     assert body["top_k"] == (0 if dialect == "llama.cpp" else -1)
     assert body["logprobs"] is not None
+    assert dialect == "llama.cpp" or body["stop_token_ids"] == [EOS, 9]
 
 
 def test_the_address_of_a_server() -> None:
