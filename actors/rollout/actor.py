@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 
 from ...runtime import Actor, Lane, message
-from ...runtime.exchange import Manifest
+from ...runtime.exchange import Manifest, Route, Seat
 from ...runtime.rundir import RunSpec
 from ..data.task import Task
 from ..model.config import ModelConfig
@@ -85,12 +85,18 @@ class Rollout(Actor):
         return LocalBackend(self)
 
     @message(concurrent=True, lane=Lane.CONTROL, deadline_s=PATIENCE_S)
-    async def load(self, manifest: Manifest) -> int:
+    async def seat(self) -> Seat:
+        """Where this worker sits, for the weight exchange; see coordinator.Port."""
+        return self._backend.seat()
+
+    @message(concurrent=True, lane=Lane.CONTROL, deadline_s=PATIENCE_S)
+    async def load(self, manifest: Manifest, route: Route | None = None) -> int:
         """Takes the weights of a policy version; tokens requested from now on carry it. Returns the version.
 
-        Raises StaleIncarnation, CorruptWeights if the trainer that published them is gone or has moved on.
+        `route`: how they come; by default through the memory of this host. Raises StaleIncarnation, CorruptWeights if
+        the trainer that published them is gone or has moved on, BadWeights for an older version than the last.
         """
-        await self._backend.load(manifest)
+        await self._backend.load(manifest, route)
         self._armed.set()
         return manifest.version
 

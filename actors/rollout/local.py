@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...runtime.exchange import Manifest, Receiver
+from ...runtime.exchange import Intake, Manifest, Route, Seat
 from .precision import Schedule, Watch
 from .requests import Chunk, Request
 
 if TYPE_CHECKING:
     from .actor import Rollout
-    from .engine import Engine
+    from .engine import Engine, Prepared
+    from .runner import Runner
+
+    Weights = Prepared | Mapping[str, np.ndarray]
 
 STEPS_PER_TURN = 16
 """Decode steps between two looks at what was asked for: each look costs the loop, which shares the core."""
@@ -41,7 +44,7 @@ class LocalBackend:
         self._schedule = Schedule(worker.precision)
         self._watch: Watch | None = None
         self._told: list[dict[str, Any]] = []
-        self._receiver = Receiver()
+        self._intake: Intake[Weights] = Intake(self._prepare)
         self._submitted: list[Request] = []
         self._cancelled: list[int] = []
         self._keys = 0
@@ -58,15 +61,18 @@ class LocalBackend:
             self._worker.background(self._generate(), name=f"generate/{number}")
 
     async def close(self) -> None:
-        self._receiver.close()
+        self._intake.close()
 
-    async def load(self, manifest: Manifest) -> None:
-        tensors = await self._receive(manifest)
-        await self._worker.in_thread(self._load, manifest.version, tensors)
+    def seat(self) -> Seat:
+        return self._intake.seat()
 
-    async def _receive(self, manifest: Manifest) -> Mapping[str, np.ndarray]:
-        """The tensors of a version, as the runner takes them."""
-        return await self._worker.in_thread(self._receiver.receive, manifest)
+    async def load(self, manifest: Manifest, route: Route | None = None) -> None:
+        weights = await self._receive(manifest, route)
+        await self._worker.in_thread(self._load, manifest.version, weights)
+
+    async def _receive(self, manifest: Manifest, route: Route | None) -> Weights:
+        """A version as `_load` takes it, received and prepared beside generation."""
+        return await self._intake.load(manifest, route)
 
     def check(self, request: Request) -> None:
         assert self._engine is not None
@@ -134,9 +140,10 @@ class LocalBackend:
         for key in cancelled:
             engine.cancel(key)
         chunks: list[Chunk] = []
+        idle = not self._busy_since
         for _ in range(STEPS_PER_TURN):
             chunks += engine.step()
-            if not engine.num_live:
+            if not engine.num_live or (idle and chunks):
                 break
         if self._watch is not None:
             chunks += self._look(engine, self._watch, submitted, cancelled, chunks)
@@ -167,29 +174,45 @@ class LocalBackend:
         engine.now_in(self._schedule.describe())
         return engine.flush()
 
+    def _make_runner(self) -> Runner | None:
+        """What the engine computes with; None leaves it to the engine."""
+        worker = self._worker
+        if not worker.precision.uses_fp8:
+            return None
+        from .scheduled import scheduled_runner
+
+        runner = scheduled_runner(
+            worker.model, self._schedule, num_slots=worker.num_slots,
+            max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
+        )  # fmt: skip
+        self._watch = Watch(self._schedule, runner.read)
+        return runner
+
     def _precision_stats(self) -> dict[str, float]:
         return {} if self._watch is None else self._schedule.stats()
 
-    def _load(self, version: int, tensors: Mapping[str, np.ndarray]) -> None:
+    def _prepare(self, version: int, tensors: Mapping[str, np.ndarray]) -> Weights:
+        """On the weights' thread: makes the second buffer. The first weights wait for their engine as they are."""
+        if self._engine is None:
+            return {name: tensor.copy() for name, tensor in tensors.items()}
+        _import_torch()
+        return self._engine.prepare(version, tensors)
+
+    def _load(self, version: int, weights: Weights) -> None:
         """On the actor's thread, hence between two turns."""
-        from .engine import Engine
+        from .engine import Engine, Prepared
 
         if self._engine is not None:
-            self._engine.load(self._engine.prepare(version, tensors))
+            self._engine.load(weights if isinstance(weights, Prepared) else self._engine.prepare(version, weights))
             self._stats = {**self._stats, "version": version}
             return
-        worker, runner = self._worker, None
-        if worker.precision.uses_fp8:
-            from .scheduled import scheduled_runner
-
-            max_len = worker.task.max_prompt_tokens + worker.rl.max_new_tokens
-            runner = scheduled_runner(worker.model, self._schedule, num_slots=worker.num_slots, max_len=max_len)
-            self._watch = Watch(self._schedule, runner.read)
+        assert not isinstance(weights, Prepared)
+        worker, runner = self._worker, self._make_runner()
         self._engine = Engine(
-            worker.model, tensors, version=version, num_slots=worker.num_slots,
+            worker.model, weights, version=version, num_slots=worker.num_slots,
             max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
             eos_id=worker.task.eos_id, seed=worker.run.seed, chunk_tokens=worker.chunk_tokens, runner=runner,
-            precision=self._schedule.describe() if runner else "float32",
+            precision=self._schedule.describe() if self._watch else "float32",
         )  # fmt: skip
 
 

@@ -225,8 +225,8 @@ class Slots:
             origin=origin if first else None,
         )
 
-    def say_origins(self) -> None:
-        """The next chunk of each live response says its origin again."""
+    def tell_origin(self) -> None:
+        """The next chunk of each response says where it comes from."""
         self._begun[: self.num_live] = False
 
     def response(self, slot: int) -> tuple[int, int, np.ndarray]:
