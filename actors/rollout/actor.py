@@ -15,15 +15,18 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import numpy as np
 from annotated_types import Ge
 
-from ...runtime import Actor, Lane, message
+from ...runtime import Lane, message
 from ...runtime.exchange import Manifest
 from ...runtime.rundir import RunSpec
+from ...runtime.worker import Worker
 from ..data.task import Task
 from ..model.config import ModelConfig
 from ..trainer.settings import RlSettings
 from .backend import Backend
+from .parallel.mesh import Mesh
 from .requests import Chunk, Request
 
 WEIGHTS_S = 240.0
@@ -34,8 +37,12 @@ PATIENCE_S = 300.0
 
 
 @dataclass(kw_only=True)
-class Rollout(Actor):
-    """One rollout worker: an engine with its KV cache. `start` imports torch, which takes seconds."""
+class Rollout(Worker):
+    """One rollout worker: an engine with its KV cache. `start` imports torch, which takes seconds.
+
+    With `ranks` = tp * ep * sp in its table the model is divided over so many processes (parallel/): the first of them
+    is asked, the others follow it. Raises ValueError if the model can't be divided so.
+    """
 
     run: RunSpec
     model: ModelConfig
@@ -45,8 +52,29 @@ class Rollout(Actor):
     """Responses that are generated at once."""
     chunk_tokens: Annotated[int, Ge(1)] = 32
     """Tokens of a response between two chunks: what a kill costs at most."""
+    tp: Annotated[int, Ge(1)] = 1
+    """Ranks that share the heads of attention, and the inner width of each expert."""
+    ep: Annotated[int, Ge(1)] = 1
+    """Ranks that share the experts; which has which follows their load."""
+    sp: Annotated[int, Ge(1)] = 1
+    """Ranks that share the tokens of a step, if there are many: of long prompts."""
+    spare_experts: Annotated[int, Ge(0)] = 0
+    """Replicas of busy experts that a rank has room for, in each layer."""
+
+    def __post_init__(self) -> None:
+        self.mesh.check(self.model)
+
+    @property
+    def mesh(self) -> Mesh:
+        """How the ranks share the work."""
+        return Mesh(tp=self.tp, ep=self.ep, sp=self.sp, spare_experts=self.spare_experts)
 
     async def start(self) -> None:
+        if self.layout.size != self.mesh.size:
+            raise ValueError(
+                f"ranks must be tp * ep * sp = {self.tp} * {self.ep} * {self.sp}, got {self.layout.size}; "
+                f"set ranks = {self.mesh.size}"
+            )
         self._armed = asyncio.Event()
         self._backend = self._make_backend()
         await self._backend.open()
@@ -55,6 +83,10 @@ class Rollout(Actor):
         await self._backend.close()
 
     def _make_backend(self) -> Backend:
+        if self.mesh.size > 1:
+            from .parallel.backend import FollowerBackend, RanksBackend
+
+            return RanksBackend(self) if self.rank == 0 else FollowerBackend(self)
         from .local import LocalBackend
 
         return LocalBackend(self)
@@ -68,6 +100,19 @@ class Rollout(Actor):
         await self._backend.load(manifest)
         self._armed.set()
         return manifest.version
+
+    @message(concurrent=True, lane=Lane.CONTROL, deadline_s=PATIENCE_S)
+    async def take_part(self, manifest: Manifest, ticket: int, experts: np.ndarray) -> None:
+        """For all ranks but the first, which asks: prepares this rank's part of a version's weights.
+
+        `experts`: int64 [layers, slots], those in the slots of all ranks. Raises as `load`, and ValueError at a rank
+        that follows none.
+        """
+        from .parallel.backend import FollowerBackend
+
+        if not isinstance(self._backend, FollowerBackend):
+            raise ValueError(f"{self.name} follows no other rank; have it load the whole version")
+        await self._backend.take_part(manifest, ticket, experts)
 
     @message(concurrent=True, deadline_s=PATIENCE_S)
     async def generate(self, requests: list[Request]) -> AsyncIterator[list[Chunk]]:

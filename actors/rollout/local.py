@@ -62,7 +62,8 @@ class LocalBackend:
 
     async def _receive(self, manifest: Manifest) -> Mapping[str, np.ndarray]:
         """The tensors of a version, as the runner takes them."""
-        return await self._worker.in_thread(self._receiver.receive, manifest)
+        tensors: Mapping[str, np.ndarray] = await self._worker.in_thread(self._receiver.receive, manifest)
+        return tensors
 
     def check(self, request: Request) -> None:
         assert self._engine is not None

@@ -1,0 +1,175 @@
+"""The backends of a rollout worker that spans several ranks: one for the first, one for each of the others.
+
+    controller --load(manifest)--> first --take_part(manifest, ticket, experts)--> others: their parts, prepared
+                                     '--the engine loads: an order in its place among the steps--> all change over
+
+Ranks meet when the first weights come. Each reads its own part of what was published, and only that. What ends one of
+them ends all: the gang is started again as one, and answers go on from their last chunks. Knows nothing of layers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from ....runtime.errors import ActorDied
+from ....runtime.exchange import Manifest, Receiver
+from ....runtime.thread import WorkThread
+from ....runtime.worker_group import rank_names
+from ...meeting import meeting_file
+from ..local import LocalBackend
+from ..requests import Chunk, Request
+from .lost import RankLost
+
+if TYPE_CHECKING:
+    from ..actor import Rollout
+    from .link import Link
+    from .part import Part
+    from .runner import Follower, RanksRunner
+
+
+class RanksBackend(LocalBackend):
+    """That of the first rank: the engine of a worker alone, with a runner that has the others compute with it."""
+
+    def __init__(self, worker: Rollout) -> None:
+        super().__init__(worker)
+        self._meeting = meeting_file(worker, worker.run.path)
+        self._link: Link | None = None
+        self._runner: RanksRunner | None = None
+        self._others = [worker.find(name) for name in rank_names(worker.name, worker.mesh.size)[1:]]
+        self._tickets = 0
+
+    async def load(self, manifest: Manifest) -> None:
+        try:
+            await super().load(manifest)
+        except (RankLost, ActorDied) as error:
+            await _fail(self._worker, error)
+
+    async def close(self) -> None:
+        await super().close()
+        if self._runner is not None:
+            self._runner.close()
+        elif self._link is not None:
+            self._link.close()
+
+    async def _receive(self, manifest: Manifest) -> Mapping[str, np.ndarray]:
+        """The part of this rank; the others have taken theirs, too."""
+        from .part import as_arrays, first_placements
+
+        self._tickets += 1
+        ticket, worker = self._tickets, self._worker
+        placements = self._runner and self._runner.placements or first_placements(worker.mesh, worker.model)
+        experts = as_arrays(placements)
+        parts = [self._own(manifest, ticket, experts)]
+        parts += [other.take_part(manifest, ticket, experts) for other in self._others]
+        own, *_ = await _all(parts)
+        return own  # type: ignore[no-any-return]
+
+    async def _own(self, manifest: Manifest, ticket: int, experts: np.ndarray) -> Part:
+        if self._link is None:
+            self._link = await self._worker.in_thread(_meet, self._worker, self._meeting)
+        part: Part = await self._worker.in_thread(_read, self._worker, self._receiver, manifest, ticket, experts)
+        return part
+
+
+class FollowerBackend:
+    """That of another rank: it generates nothing by itself."""
+
+    def __init__(self, worker: Rollout) -> None:
+        self._worker = worker
+        self._meeting = meeting_file(worker, worker.run.path)
+        self._receiver = Receiver()
+        self._weights = WorkThread(f"{worker.name}:weights")  # The actor's own thread follows the first rank.
+        self._follower: Follower | None = None
+        self._joining = asyncio.Lock()
+
+    async def open(self) -> None:
+        from ..local import _import_torch
+
+        await self._worker.in_thread(_import_torch)
+
+    async def close(self) -> None:
+        self._weights.close()
+        self._receiver.close()
+
+    async def take_part(self, manifest: Manifest, ticket: int, experts: np.ndarray) -> None:
+        """Prepares this rank's part of the weights, to be loaded when the first rank says so."""
+        async with self._joining:
+            if self._follower is None:
+                from .runner import Follower
+
+                link: Link = await self._worker.together(_meet, self._worker, self._meeting)
+                self._follower = Follower(link, self._worker.model)
+                self._worker.background(self._follow(link, self._follower), name="follow")
+        part = await self._weights.run(_read, self._worker, self._receiver, manifest, ticket, experts)
+        await self._weights.run(self._follower.take, part)
+
+    async def load(self, manifest: Manifest) -> None:
+        self._refuse()
+
+    def check(self, request: Request) -> None:
+        self._refuse()
+
+    async def generate(self, requests: list[Request]) -> AsyncGenerator[list[Chunk], None]:
+        self._refuse()
+        yield []
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+    def _refuse(self) -> NoReturn:
+        first = self._worker.name.partition("/")[0]
+        raise ValueError(f"{self._worker.name} is a rank of {first} and follows it; ask {first}")
+
+    async def _follow(self, link: Link, follower: Follower) -> None:
+        following = asyncio.ensure_future(self._worker.in_thread(follower.follow))
+        try:
+            await asyncio.shield(following)
+        finally:
+            link.close()
+            await asyncio.wait([following])
+
+
+def _meet(worker: Rollout, meeting: Path) -> Link:
+    """On a thread: joins the other ranks. Raises RankLost."""
+    import torch
+
+    from .link import Link
+
+    return Link.meet(worker.mesh.place(worker.rank), meeting, torch.device("cpu"))
+
+
+def _read(worker: Rollout, receiver: Receiver, manifest: Manifest, ticket: int, experts: np.ndarray) -> Part:
+    """On a thread: this rank's part of what was published."""
+    from .part import cut, from_arrays
+
+    placements = from_arrays(experts, worker.mesh, worker.model)
+    part = cut(worker.model, worker.mesh.place(worker.rank), placements, receiver.receive(manifest))
+    part.ticket = ticket
+    return part
+
+
+async def _all(asked: Sequence[Awaitable[Any]]) -> list[Any]:
+    """All answers; the first failure ends the others."""
+    tasks = [asyncio.ensure_future(one) for one in asked]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _fail(worker: Rollout, error: Exception) -> NoReturn:
+    """Ends this rank, and so the gang is started again; whoever asked hears that it died."""
+
+    async def failing() -> NoReturn:
+        raise error
+
+    worker.background(failing(), name="lost")
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError
