@@ -15,25 +15,22 @@ processes or sockets.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from ..runtime import Actor, Lane, Ref, message, timeout
 from ..runtime.codec import dumps
 from ..runtime.errors import (
     ActorDied,
-    CorruptWeights,
     DeadlineExceeded,
     RemoteError,
     RuntimeFault,
-    StaleIncarnation,
     UnknownActor,
     UnknownMessage,
 )
+from ..runtime.exchange import Manifest
 from ..runtime.pool import Entry, Lease
 from ..runtime.rundir import RunSpec
 from .algorithms import Algorithm, Batch, Metrics
@@ -44,7 +41,7 @@ from .evaluator import Evaluation
 from .evaluator.settings import EvaluationSettings
 from .patience import patiently
 from .report import Row
-from .rollout.answers import finish_answers
+from .rollout.pool import NOTHING, RolloutPool
 from .run_state import POOL, STATE, load_state
 from .stream.ledger import Ledger
 from .stream.policy import priority, stream_policy
@@ -53,7 +50,7 @@ from .trainer.actor import Trainer
 from .trainer.critic import Critic
 from .trainer.durable import DurableCritic, DurableTrainer
 from .trainer.settings import RlSettings, SftSettings
-from .types import Group, Prompt, Trajectory
+from .types import Group, Prompt, Trajectory, refusal_kind
 
 LEASE_S = 600.0
 """Longest wait for a training batch; past it the run is given up, and says what it waited for."""
@@ -69,9 +66,6 @@ TRAINER = "trainer"
 
 BALANCE_S = 0.5
 """Longest wait for the balancer, which nothing depends on."""
-
-NOTHING = -1
-"""Version of a rollout worker that holds no weights."""
 
 
 @dataclass(kw_only=True)
@@ -93,7 +87,7 @@ class Controller(Actor):
         roles = {"policy": self.trainer, "critic": self.critic}
         self.roles = {name: roles[name] for name in roles_of(self.algorithm.step)}
         self.steps = {"sft": self.sft.steps, "value": self.algorithm.value_steps, "rl": self.rl.steps}
-        self.rollout, self.evaluator = self.find("rollout"), self.find("evaluator")
+        self.rollout, self.evaluator = RolloutPool(self, self), self.find("evaluator")
         self.verifier, self.reward, self.pool = self.find("verifier"), self.find("reward"), self.find("pool")
         self.stream = stream_policy(self.rl)
         self.ledger = Ledger.restore(self.state.ledger) if self.state.ledger else Ledger()
@@ -102,11 +96,9 @@ class Controller(Actor):
             self.questions.load_state(self.state.adaptation)
         self.telemetry = Telemetry(self.run.path, self.state.stage, self.state.step, self.state.telemetry)
         self.telemetry.begin(self.steps.get(self.state.stage, self.rl.steps))
-        self._rollout_holds = NOTHING
         self._unbalanced = False
         if self._pool_state is not None:
             self.log("resumed", stage=self.state.stage, step=self.state.step)
-        self._arming = asyncio.Lock()
         self._room, self._draining = asyncio.Event(), asyncio.Event()
         self.background(self._main(), name="main")
 
@@ -119,8 +111,8 @@ class Controller(Actor):
         if self._pool_state is not None:
             await self.pool.take_over(self._pool_state)
             await self.pool.release_holder(TRAINER)
+        await self.rollout.open()
         await self._publish()
-        self.background(self._watch_rollout(), name="watch rollout")
         self.background(self._watch_trainer(), name="watch trainer")
         try:
             if self.state.stage == "sft":
@@ -161,7 +153,8 @@ class Controller(Actor):
     async def _first_rollout(self) -> None:
         """One group through the whole stream before anything is trained: what is broken shows at once."""
         group = self._group(self.task.evaluation_set(self.run.seed, 1)[0])
-        await self._generate(group)
+        if failure := await self._generate(group):
+            raise RuntimeError(f"the first rollout was refused: {failure}")
         await self._judge(group)
         self.log("first_rollout", after_s=round(self.telemetry.elapsed_s, 2), tokens=group.num_tokens)
 
@@ -219,7 +212,7 @@ class Controller(Actor):
             if self._draining.is_set():
                 return None
             if not lease.done():
-                reasons = "; ".join(wait["for"] for wait in await self.pool.waits())
+                reasons = "; ".join([*(wait["for"] for wait in await self.pool.waits()), *self.rollout.waits()])
                 counts = ", ".join(f"{count} {place}" for place, count in self.ledger.counts.items() if count)
                 raise DeadlineExceeded(f"no batch to train within {LEASE_S:g} s: {reasons}. Groups so far: {counts}")
             result: Lease = lease.result()
@@ -235,7 +228,7 @@ class Controller(Actor):
                 self._begin(group, tasks)
             while True:
                 self._room.clear()
-                held = self._rollout_holds
+                held = self.rollout.newest
                 while held != NOTHING and self.stream.capacity(self.ledger, self.state.version, held) > 0:
                     group = self._new_group()
                     self.ledger.submit(group.prompt.ordinal, held)
@@ -258,8 +251,7 @@ class Controller(Actor):
     async def _complete(self, group: Group) -> None:
         """Takes one group from wherever it stands into the pool, or out of the stream."""
         ordinal, ledger = group.prompt.ordinal, self.ledger
-        await self._generate(group)
-        failure = await self._judge(group)
+        failure = await self._generate(group) or await self._judge(group)
         if not failure:
             self.telemetry.judged(group)
             self.questions.observe(group, mixed=has_signal(group))
@@ -272,7 +264,7 @@ class Controller(Actor):
             if not failure:
                 ledger.filter(ordinal)
             else:
-                kind = failure.partition(":")[0]
+                kind = refusal_kind(failure)
                 if kind not in ledger.reasons:
                     self.log("group_failed", ordinal=ordinal, reason=failure)
                 ledger.fail(ordinal, kind, group.num_tokens)
@@ -280,9 +272,14 @@ class Controller(Actor):
         del self.state.in_flight[ordinal]
         self._room.set()
 
-    async def _generate(self, group: Group) -> None:
+    async def _generate(self, group: Group) -> str:
+        """Answers. Returns "kind: why" if the engine refused so many of them that the group fails."""
         tokens, temperature = self.rl.max_new_tokens, self.rl.temperature
-        await finish_answers(self.rollout, [group], max_new_tokens=tokens, temperature=temperature)
+        started = self.ledger.pending().get(group.prompt.ordinal, 0)
+        await self.rollout.finish(group, started, max_new_tokens=tokens, temperature=temperature)
+        refusals = [t.refusal for t in group.trajectories if t.finish == "refused"]
+        group.trajectories = [t for t in group.trajectories if t.finish != "refused"]
+        return refusals[0] if refusals and len(group.trajectories) < self.rl.min_group_size else ""
 
     async def _judge(self, group: Group) -> str:
         """Verdicts, then rewards. Returns "kind: why" if the group fails: an error is never a zero reward."""
@@ -306,41 +303,23 @@ class Controller(Actor):
 
     async def _publish(self) -> None:
         """Has the trainer lay out its weights as the newest version; rollout takes them while training goes on."""
-        self._manifest, self._published = await self.trainer.publish(), time.monotonic()
-        self.background(self._arm(), name="arm rollout")
+        self.rollout.publish(await self.trainer.publish())
 
-    async def _arm(self) -> None:
-        """Gives rollout the newest version, whichever incarnation of it takes that."""
-        async with self._arming:
-            while self._rollout_holds != self._manifest.version:
-                manifest = self._manifest
-                try:
-                    self._rollout_holds = await patiently(partial(self.rollout.load, manifest))
-                    self.telemetry.armed(time.monotonic() - self._published)
-                    for ordinal in list(self.ledger.partial):
-                        self.ledger.resume(ordinal)
-                    self._room.set()
-                except (StaleIncarnation, CorruptWeights) as error:
-                    if manifest is self._manifest:  # If not, a newer version came between.
-                        self.log("weights_not_taken", version=manifest.version, reason=str(error))
-                        self._manifest = await self.trainer.publish()
+    async def republish(self) -> Manifest:
+        manifest: Manifest = await self.trainer.publish()
+        return manifest
 
-    async def _watch_rollout(self) -> None:
-        """Pauses the groups of a worker that died; arms the one that comes, and has them continued."""
-        incarnation = 0
-        halted: dict[int, int] = {}
-        async for status in self.watch("rollout"):
-            if status.state != "up" or status.incarnation != incarnation:
-                self._rollout_holds = NOTHING
-                halted |= {o: g.num_tokens for o, g in self.state.in_flight.items() if not g.finished}
-                for ordinal in list(self.ledger.running):
-                    self.ledger.pause(ordinal)
-            if status.state == "up":
-                incarnation = status.incarnation
-                await self._arm()
-                if halted:
-                    self.log("answers_continued", groups=len(halted), tokens_kept=sum(halted.values()))
-                    halted.clear()
+    def halted(self, group: Group) -> None:
+        if group.prompt.ordinal in self.ledger.running:
+            self.ledger.pause(group.prompt.ordinal)
+
+    def continued(self, group: Group) -> None:
+        if group.prompt.ordinal in self.ledger.partial:
+            self.ledger.resume(group.prompt.ordinal)
+
+    def armed(self, publish_s: float) -> None:
+        self.telemetry.armed(publish_s)
+        self._room.set()
 
     async def _watch_trainer(self) -> None:
         incarnation = 0
@@ -357,7 +336,7 @@ class Controller(Actor):
 
     async def _evaluate(self) -> Row:
         """Scores the newest version on the fixed problems; {} if that does not end soon after the run is to drain."""
-        await self._arm()
+        await self.rollout.arm_first()
         evaluation = asyncio.create_task(self._ask_evaluator(), name=f"{self.name}:evaluation")
         drained = asyncio.create_task(self._draining.wait())
         try:
@@ -377,9 +356,7 @@ class Controller(Actor):
 
     async def _measure(self, metrics: dict[str, float], batch: list[Group], staleness: list[int]) -> Row:
         """The line of metrics of a step; what a dead worker can't say now is left out."""
-        rollout, verifier = await asyncio.gather(
-            self._stats(self.rollout) if self._rollout_holds != NOTHING else _nothing(), self._stats(self.verifier)
-        )
+        rollout, verifier = await asyncio.gather(self.rollout.stats(), self._stats(self.verifier))
         step, version = self.state.step, self.state.version
         stage, counts = self.state.stage, self.ledger.counts
         if stage == "rl":
@@ -441,12 +418,18 @@ class Controller(Actor):
         self._draining.set()
         self.telemetry.say("draining: finishing the step and writing a checkpoint; Ctrl-C again stops at once")
 
+    @message(concurrent=True, lane=Lane.CONTROL, deadline_s=600.0)
+    async def resize_rollout(self, count: int) -> list[str]:
+        """Goes on with `count` rollout workers; returns their names. Raises ValueError for less than one."""
+        return await self.rollout.resize(count)
+
+    @message(concurrent=True, lane=Lane.CONTROL)
+    async def rollout_workers(self) -> list[dict[str, Any]]:
+        """See RolloutPool.status."""
+        return self.rollout.status()
+
     @message(concurrent=True, lane=Lane.CONTROL, deadline_s=3600.0)
     async def progress(self) -> AsyncIterator[dict[str, Any]]:
         """Streams what a screen shows, at most a few times a second; ends with the run."""
         async for update in self.telemetry.updates():
             yield update
-
-
-async def _nothing() -> dict[str, Any]:
-    return {}

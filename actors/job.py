@@ -43,6 +43,9 @@ another class where its `kind` says so."""
 ROLES = ("controller", "rollout", "verifier", "reward", "pool", "trainer", "evaluator")
 """Actors that the controller asks for by name."""
 
+SEVERAL = ("rollout",)
+"""Roles of which there may be several."""
+
 LAYOUT = ("nodes", "groups", "actors")
 """Tables that a resumed run may change: where its actors live and how they do their work, not what is learned."""
 
@@ -118,6 +121,11 @@ def _check_roles(document: Document, job: Job) -> None:
         if role not in job.cluster.actors:
             hint = toml.nearest(role, set(job.cluster.actors) - set(ROLES))
             raise document.error(("actors", role), f"missing; the controller needs an actor of this name{hint}")
+        if role not in SEVERAL and (count := job.cluster.actors[role].count) > 1:
+            raise document.error(
+                ("actors", role, "count"),
+                f"must be 1, got {count}: the controller asks one {role}; only {', '.join(SEVERAL)} may be several",
+            )
 
 
 def _algorithm(document: Document) -> type[Algorithm]:

@@ -64,6 +64,7 @@ METRICS: dict[str, Metric] = {
     "behaviour_kl_nats": Metric("nats", "KL estimate per token of the policies that sampled to the one that trains"),
     "ratio_max": Metric("", "largest importance ratio of a trained token"),
     "clip_ratio": Metric("0..1", "trained tokens whose gradient the clipping removed"),
+    "truncated_weight_ratio": Metric("0..1", "trained tokens whose importance weight met its bound (correction tis)"),
     # RL: the stream
     "staleness_mean": Metric("versions", "trained version minus version of a group's oldest token"),
     "staleness_max": Metric("versions", "the same, worst group of the step"),

@@ -15,6 +15,11 @@ Finish = Literal["", "stop", "length", "refused"]
 used up, "refused" = it failed for good: an error, never a wrong answer (`Trajectory.refusal` says why)."""
 
 
+def refusal_kind(refusal: str) -> str:
+    """What a refusal "kind: why" is counted as."""
+    return refusal.partition(":")[0]
+
+
 @wire
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Sampling:

@@ -18,7 +18,7 @@
                      inspector.py, stacks.py look into a blocked process   survey.py asks all nodes
     worker groups    worker_group.py ranks addressed as one                worker.py one rank    gang.py from files
                      dispatch.py protocols, layout.py, batches.py          remote_batch.py what stays with the ranks
-    beside           pool.py leased priority queue with a journal          exchange.py weights by shared memory
+    beside           pool.py leased priority queue with a journal          exchange/ weights to who uses them
 
 It knows nothing of models, rewards or training, and imports no torch.
 """

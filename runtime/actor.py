@@ -32,6 +32,7 @@ from .mailbox import MAILBOX_BYTES, Lane
 from .thread import WorkThread
 
 if TYPE_CHECKING:
+    from .copies import Copies
     from .directory import Status
     from .memory import Memory
     from .node import Node
@@ -177,6 +178,12 @@ class Actor:
         from .worker_group import WorkerGroup
 
         return WorkerGroup.find(self, name, kind)
+
+    def copies(self, of: str) -> Copies:
+        """The actors of this system that are configured as `of` is, whose number may change: see copies.py."""
+        from .copies import Copies
+
+        return Copies(self, of)
 
     def watch(self, name: str) -> AsyncIterator[Status]:
         """Yields the present status of an actor and then each change: up (a new incarnation), down, stopped."""

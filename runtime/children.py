@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,6 +37,8 @@ class Member:
     """It has been started more than once."""
     first: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Done when it was up for the first time; carries why that will never be."""
+    retired: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Done when it is down for good."""
     task: asyncio.Task[None] | None = None
     """What starts or stops it; at most one at a time."""
 
@@ -96,6 +98,17 @@ class Children:
         except BaseException as error:
             self._drop(member, error)
             raise
+
+    async def dismiss(self, names: Iterable[str], why: Exit) -> None:
+        """Has these members stopped, in parallel; returns when they run no more and are none."""
+        leaving = [self.table[name] for name in names if name in self.table]
+        self.supervisor.dismiss([member.name for member in leaving], why)
+        self._soon()
+        await asyncio.gather(*(member.retired for member in leaving))
+        for member in leaving:
+            if self.table.get(member.name) is member:
+                del self.table[member.name]
+                self.supervisor.remove(member.name)
 
     def ended(self, name: str, incarnation: int, why: Exit) -> None:
         """An actor has ended by itself or failed, says its node."""
@@ -168,6 +181,7 @@ class Children:
                 member = self.table[name]
                 self._hosts.tell(member, "stopped", why)
                 self._fail_first(member, ActorDied(f"{name} did not start and stays down: {why}"))
+                self._is_retired(member)
             case NewEpoch(group, epoch, why):
                 self._events.write("group_restart", group=group, epoch=epoch, reason=why.detail)
             case GiveUp(error):
@@ -255,6 +269,7 @@ class Children:
             why = Exit(kind="exception", detail=f"did not start: {first_line(error)}")
             self._hosts.tell(member, "stopped", why)
         self._fail_first(member, error)
+        self._is_retired(member)
         self._soon()
 
     def _state(self, member: Member) -> str:
@@ -263,6 +278,10 @@ class Children:
     def _is_up(self, member: Member) -> None:
         if not member.first.done():
             member.first.set_result(None)
+
+    def _is_retired(self, member: Member) -> None:
+        if not member.retired.done():
+            member.retired.set_result(None)
 
     def _fail_first(self, member: Member, error: BaseException) -> None:
         if not member.first.done():

@@ -3,7 +3,7 @@
     [run]             name, seed, directory
     [nodes.NAME]      one process of its own: launcher, threads, env, start, hang_s
     [groups.NAME]     actors supervised together: strategy, parent, max_restarts, window_s, ...
-    [actors.NAME]     class = "module:Class", node, group, ranks, restart, max_restarts, window_s, ...;
+    [actors.NAME]     class = "module:Class", node, group, count, ranks, restart, max_restarts, ...;
                       every other key is a field of that class
     [ANYTHING ELSE]   a table that the caller names together with a dataclass
 
@@ -100,6 +100,8 @@ class ActorSpec:
     """The configured actor; `start` has not been called."""
     ranks: int = 1
     """Of a worker group; each but the first lives in a node of its own (gang.py)."""
+    count: int = 1
+    """Actors, or worker groups, of this configuration; each but the first lives in a node of its own (copies.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,7 @@ class ClusterSpec:
 
 
 _POLICY_KEYS = tuple(f.name for f in fields(RestartPolicy))
-_ACTOR_KEYS = ("class", "node", "group", "ranks", *_POLICY_KEYS)
+_ACTOR_KEYS = ("class", "node", "group", "count", "ranks", *_POLICY_KEYS)
 _OF_RANKS: dict[str, Any] = {"rank": 0, "layout": ONE}
 """Fields of a Worker that say which rank it is: nobody writes them down."""
 
@@ -166,6 +168,7 @@ def to_table(cluster: ClusterSpec, tables: Mapping[str, Any]) -> dict[str, Any]:
         place: dict[str, Any] = {"class": spec.class_path, "node": spec.node, "group": spec.group}
         if isinstance(spec.instance, Worker):
             place["ranks"] = spec.ranks
+        place["count"] = spec.count
         actors[name] = {**place, **_plain(spec.policy), **own}
     nodes = {name: _plain(spec) for name, spec in cluster.nodes.items()}
     groups = {
@@ -222,10 +225,12 @@ def _actor(
         hint = nearest(node, nodes, otherwise=f"; add [nodes.{node}], or take one of {', '.join(nodes)}")
         raise document.error((*keys, "node"), f"there is no node {dump_value(node)}{hint}")
     ranks = _ranks(document, keys, cls, table)
+    count = _convert(document, (*keys, "count"), Annotated[int, Ge(1)], table.get("count", 1))
     own = {key: value for key, value in table.items() if key not in _ACTOR_KEYS}
     instance = _build(document, keys, cls, own, _given_to(cls, shared), also_known=_ACTOR_KEYS)
     return ActorSpec(
         name=name, class_path=table["class"], node=node, group=group, policy=policy, instance=instance, ranks=ranks,
+        count=count,
     )  # fmt: skip
 
 

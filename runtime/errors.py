@@ -133,6 +133,11 @@ class BadWeights(RuntimeFault):
     """A publisher refused weights: not finite, or of a dtype that can't travel. The version before stays published."""
 
 
+class TransferFailed(RuntimeFault):
+    """A transfer of weights ended before its end: aborted, or a carrier reported an error. The version before stays
+    whole; the exchange repeats the transfer under a higher epoch."""
+
+
 class ExchangeFull(RuntimeFault):
     """There is not enough memory to publish weights. The version before stays published."""
 

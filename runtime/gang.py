@@ -4,22 +4,26 @@
                                                        trainer/1   on node trainer-1    | group trainer: one_for_all
                                                        trainer/2   on node trainer-2    '
 
-Each node is like that of rank 0, unless [nodes.trainer-1] says otherwise. Starts nothing.
+Each node is like that of rank 0, unless [nodes.trainer-1] says otherwise. So are those of copies (`count = N`; see
+copies.py), which come first: a copy has all its ranks. Starts nothing.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from typing import cast
 
 from .cluster import ActorSpec, ClusterSpec, GroupSpec, NodeSettings
+from .copies import copy_name, home_of
 from .layout import Layout
 from .worker import Worker
 from .worker_group import rank_names
 
 
 def with_ranks(cluster: ClusterSpec) -> ClusterSpec:
-    """The cluster with every rank written out; the same one if there are no worker groups of several ranks."""
+    """The cluster with every copy and every rank written out; an equal one if there are none."""
+    cluster = _with_copies(cluster)
     nodes, groups, actors = dict(cluster.nodes), dict(cluster.groups), {}
     for spec in cluster.actors.values():
         if spec.ranks == 1:
@@ -32,6 +36,18 @@ def with_ranks(cluster: ClusterSpec) -> ClusterSpec:
             if rank.name != spec.name:
                 nodes.setdefault(rank.node, cluster.nodes.get(spec.node, NodeSettings()))
     return replace(cluster, nodes=nodes, groups=groups, actors=actors)
+
+
+def _with_copies(cluster: ClusterSpec) -> ClusterSpec:
+    nodes, actors = dict(cluster.nodes), {}
+    for spec in cluster.actors.values():
+        for number in range(1, spec.count + 1):
+            name = copy_name(spec.name, number)
+            node = spec.node if number == 1 else home_of(name)
+            actors[name] = replace(spec, name=name, node=node, instance=copy(spec.instance), count=1)
+            if number > 1:
+                nodes.setdefault(node, cluster.nodes.get(spec.node, NodeSettings()))
+    return replace(cluster, nodes=nodes, actors=actors)
 
 
 def _ranks(spec: ActorSpec, gang: str) -> list[ActorSpec]:

@@ -161,6 +161,14 @@ class Nodes:
         await self._launcher.close()
         self._inspector.close()
 
+    async def close(self, name: str) -> None:
+        """Ends one node in which nothing lives any more, as `stop` does all, and forgets it."""
+        hosted = self._nodes.get(name)
+        if hosted is None or self._closed:
+            return
+        if hosted.process is not None:
+            await self._stop(hosted, hosted.process, STOP_NODE_S)
+
     async def _start(self, hosted: HostedNode) -> None:
         name = hosted.name
         self._require_open(name)

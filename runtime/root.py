@@ -9,12 +9,16 @@ import numpy as np
 
 from .actor import Actor, message
 from .children import Children
+from .copies import CopyKeeper
 from .errors import SnapshotRefused, StaleIncarnation
 from .events import EventLog
 from .exits import Exit
 from .mailbox import Lane
 from .memory import Snapshots
 from .nodes import Nodes
+
+RESIZE_S = 600.0
+"""How long new actors may take to start."""
 
 
 @dataclass(kw_only=True)
@@ -25,6 +29,7 @@ class Root(Actor):
     children: Children
     snapshots: Snapshots
     events: EventLog
+    keeper: CopyKeeper
 
     @message(lane=Lane.SYSTEM)
     async def hello(self, key: str, pid: int, address: str) -> None:
@@ -56,3 +61,13 @@ class Root(Actor):
     async def emit(self, event: str, fields: dict[str, Any]) -> None:
         """A line for events.jsonl."""
         self.events.write(event, **fields)
+
+    @message(concurrent=True)
+    async def copies_of(self, of: str) -> list[str]:
+        """The names of the actors that are configured as `of` is, it first. Raises UnknownActor."""
+        return self.keeper.names(of)
+
+    @message(concurrent=True, deadline_s=RESIZE_S)
+    async def resize(self, of: str, count: int) -> list[str]:
+        """See Copies.resize."""
+        return await self.keeper.resize(of, count)

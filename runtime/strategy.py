@@ -160,6 +160,16 @@ class Supervisor:
         del child.group.children[child]
         self._waiting.pop(child, None)
 
+    def remove_group(self, name: str) -> None:
+        """The group, which has no children any more, is none."""
+        group = self.groups.pop(name)
+        assert not group.children and group.parent is not None
+        del group.parent.children[group]
+
+    def dismiss(self, names: Iterable[str], why: Exit) -> None:
+        """These children shall stop, and stay down; each is retired when it has stopped."""
+        self._stop([self.children[name] for name in names], why, leave=True)
+
     def up(self, name: str) -> None:
         """A child has started."""
         child = self.children[name]

@@ -32,6 +32,7 @@ from .agent import NodeAgent, agent_status, interface_of
 from .arena import ARENA_BYTES
 from .children import Children, Member, first_line
 from .classes import class_path
+from .copies import CopyKeeper
 from .curve import Keys
 from .detector import HeartbeatPolicy
 from .directory import Status
@@ -144,7 +145,10 @@ class System:
         self._children = Children(self._hosting, self._supervisor, self.events, self._task, self._fail)
         self._agent = NodeAgent()
         self._agent.done.add_done_callback(self._on_agent_done)
-        root = Root(nodes=self._nodes, children=self._children, snapshots=self._snapshots, events=self.events)
+        keeper = CopyKeeper(self._children, self._nodes, self._specs, self._spawn)
+        root = Root(
+            nodes=self._nodes, children=self._children, snapshots=self._snapshots, events=self.events, keeper=keeper
+        )
         for host, name in ((self._agent, f"$node@{ROOT}"), (root, "$root")):
             await self._agent.host(self.node, host, name, 1).up
         self._nodes.publish(status, agent_status(self.node.key))

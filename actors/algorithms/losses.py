@@ -47,8 +47,9 @@ def policy_loss(
 
     logprobs, behaviour and advantage are float32 [N]. For the mean over tokens, `total` counts those of the whole
     update and there is no weight; for the mean over responses it counts responses, and a token's `weight` [N] is one
-    over the length of its response. With `dual_clip` c > 1 the objective of a token of negative advantage is at least
-    c * A_t (arXiv 1912.09729 eq. 5).
+    over the length of its response. Corrected by the weights below, which multiply the others and leave `total` as it
+    is, `behaviour` is the policy that the step begins from, and not what sampled the tokens. With `dual_clip` c > 1
+    the objective of a token of negative advantage is at least c * A_t (arXiv 1912.09729 eq. 5).
     """
     log_ratio = (logprobs - behaviour).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
@@ -62,6 +63,28 @@ def policy_loss(
         if dual:
             clipped |= (advantage < 0) & (ratio > dual)
         return PolicyLoss(loss, clipped.sum(), (ratio - 1 - log_ratio).sum(), ratio.max())
+
+
+def decoupled_weights(proximal: Tensor, behaviour: Tensor) -> Tensor:
+    """What a token that `behaviour` sampled weighs in a step that begins from `proximal`; float32 [N] each.
+
+        J = E_behaviour[ w_t * min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t) ]
+        w_t = exp(proximal_t - behaviour_t), a constant              r_t = exp(logprobs_t - proximal_t)
+
+    Decoupled PPO (Hilton et al., arXiv 2110.00641; AReaL, arXiv 2505.24298): clipping bounds how far this step goes,
+    not how far its beginning was from whatever sampled the token, so that stale tokens still teach.
+    """
+    return (proximal - behaviour).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def truncated_weights(proximal: Tensor, behaviour: Tensor, bound: float) -> Tensor:
+    """The same weights, none above `bound` C: w_t = min(exp(proximal_t - behaviour_t), C).
+
+    Truncated importance sampling (Ionides 2008), token by token as Yao et al. (2025, "Your efficient RL framework
+    secretly brings you off-policy RL training") use it for engines that sample in other arithmetic than the trainer's.
+    The bound ends the variance of tokens that `behaviour` found unlikely; they count for less than they should.
+    """
+    return decoupled_weights(proximal, behaviour).clamp(max=bound)
 
 
 def imitation_loss(logprobs: Tensor, positive: Tensor, *, num_positive: int) -> Tensor:

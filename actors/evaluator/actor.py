@@ -75,7 +75,7 @@ class Evaluator(Actor):
     async def evaluate(self) -> Evaluation:
         """Scores the newest version at temperature 1 and greedily, on all problems.
 
-        Raises RuntimeError if the verifier could not judge an answer: a score over fewer problems is another score.
+        Raises RuntimeError if an answer was refused or could not be judged: a score over fewer problems is another one.
         """
         prompts = await self._problems()
         batches = [prompts[i : i + PROBLEMS_PER_STREAM] for i in range(0, len(prompts), PROBLEMS_PER_STREAM)]
@@ -121,6 +121,8 @@ class Evaluator(Actor):
         rollout, verifier = self.find("rollout"), self.find("verifier")
         await finish_answers(rollout, groups, max_new_tokens=self.rl.max_new_tokens, temperature=temperature)
         for group in groups:
+            if refusal := next((t.refusal for t in group.trajectories if t.finish == "refused"), ""):
+                raise RuntimeError(f"evaluation problem {group.prompt.ordinal} could not be answered: {refusal}")
             verdicts: list[Verdict] = await patiently(partial(verifier.judge, group))
             for trajectory, verdict in zip(group.trajectories, verdicts, strict=True):
                 trajectory.verdict = verdict

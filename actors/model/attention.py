@@ -19,7 +19,7 @@ class PackedAttention:
     Padding follows the tokens of a sequence, so causality alone hides it.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
         sizes = np.asarray(lengths, np.int64)
         starts = np.cumsum(sizes) - sizes
         order = np.argsort(sizes, kind="stable")
@@ -39,8 +39,8 @@ class PackedAttention:
             self._buckets.append((len(members), width))
             num_padded += len(members) * width
             first = last
-        self._pad = torch.from_numpy(np.concatenate(pads))
-        self._unpad = torch.from_numpy(unpad)
+        self._pad = torch.from_numpy(np.concatenate(pads)).to(device)
+        self._unpad = torch.from_numpy(unpad).to(device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, H, D], k and v [T, G, D] -> [T, H * D]."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from ..model.config import ModelConfig
 from ..trainer.settings import RlSettings
 from .backend import Backend
 from .parallel.mesh import Mesh
+from .precision import Precision
 from .requests import Chunk, Request
 
 WEIGHTS_S = 240.0
@@ -52,6 +53,8 @@ class Rollout(Worker):
     """Responses that are generated at once."""
     chunk_tokens: Annotated[int, Ge(1)] = 32
     """Tokens of a response between two chunks: what a kill costs at most."""
+    precision: Precision = field(default_factory=Precision)
+    """Which phases compute in FP8, and when they are to fall back; of our own engine."""
     tp: Annotated[int, Ge(1)] = 1
     """Ranks that share the heads of attention, and the inner width of each expert."""
     ep: Annotated[int, Ge(1)] = 1

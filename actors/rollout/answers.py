@@ -22,21 +22,22 @@ async def finish_answers(rollout: Ref, groups: Sequence[Group], *, max_new_token
 
     Raises RemoteError for a group that can't be generated, and ActorDied if the worker never comes back.
     """
+    await patiently(lambda: write_on(rollout, groups, max_new_tokens=max_new_tokens, temperature=temperature))
 
-    async def finish() -> None:
-        requests = [
-            Request(
-                key=key, ordinal=group.prompt.ordinal, prompt=group.prompt.tokens,
-                members=[t.member for t in unfinished], prefixes=[t.tokens() for t in unfinished],
-                max_new_tokens=max_new_tokens, temperature=temperature,
-            )
-            for key, group in enumerate(groups)
-            if (unfinished := [t for t in group.trajectories if not t.finish])
-        ]  # fmt: skip
-        if not requests:
-            return
-        async for chunks in rollout.generate.stream(requests):
-            for chunk in chunks:
-                groups[chunk.key].trajectories[chunk.member].append(chunk)
 
-    await patiently(finish)
+async def write_on(rollout: Ref, groups: Sequence[Group], *, max_new_tokens: int, temperature: float) -> None:
+    """Has this incarnation of a worker go on with `groups` until all have ended. Raises ActorDied if it dies."""
+    requests = [
+        Request(
+            key=key, ordinal=group.prompt.ordinal, prompt=group.prompt.tokens,
+            members=[t.member for t in unfinished], prefixes=[t.tokens() for t in unfinished],
+            max_new_tokens=max_new_tokens, temperature=temperature,
+        )
+        for key, group in enumerate(groups)
+        if (unfinished := [t for t in group.trajectories if not t.finish])
+    ]  # fmt: skip
+    if not requests:
+        return
+    async for chunks in rollout.generate.stream(requests):
+        for chunk in chunks:
+            groups[chunk.key].trajectories[chunk.member].append(chunk)

@@ -76,6 +76,7 @@ class Trainer(Worker):
     @message(thread=True, deadline_s=600.0)
     def rewind(self) -> None:
         """Goes back to the newest checkpoint, as a restart does: for a controller that starts anew from there."""
+        self._publisher.rewind()
         if (self._learner.stage, self._learner.step) != self._kept:
             self._learner = self._open()
 

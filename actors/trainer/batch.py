@@ -29,6 +29,8 @@ class Sample(NamedTuple):
     """float32 [n]: advantages for a policy, returns for a critic; empty in SFT"""
     positive: bool = False
     """Whether the response is correct"""
+    proximal: np.ndarray = _NONE
+    """float32 [n], by the policy that the step began from; empty where nobody asked for it"""
 
     @property
     def num_inputs(self) -> int:
@@ -78,6 +80,8 @@ class MicroBatch(NamedTuple):
     """float32 [N]: advantages or returns; empty in SFT"""
     positive: Tensor
     """bool [N]: tokens of correct responses"""
+    proximal: Tensor
+    """float32 [N]: log-probabilities by the policy that the step began from; empty where nobody asked for them"""
 
 
 def imitated(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Sample]:
@@ -131,6 +135,7 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
         behaviour=torch.from_numpy(np.concatenate([s.logprobs for s in samples])),
         target=torch.from_numpy(np.concatenate([s.target for s in samples])),
         positive=torch.tensor([s.positive for s in samples]).repeat_interleave(torch.tensor(sizes)),
+        proximal=torch.from_numpy(np.concatenate([s.proximal for s in samples])),
     )
 
 

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..algorithms.losses import imitation_loss, own_loss, policy_loss
+from ..algorithms.losses import decoupled_weights, imitation_loss, own_loss, policy_loss, truncated_weights
 from ..algorithms.updates import Objective, PolicyUpdate
 from ..model.config import ModelConfig
 from ..model.qwen3_moe import Qwen3Moe
-from .batch import MicroBatch, Totals, check_lengths, imitated, rated
+from .batch import MicroBatch, Sample, Totals, check_lengths, collate, imitated, rated
 from .optim import Schedule
 from .ranks import ALONE, Ranks
-from .settings import RlSettings, SftSettings
+from .settings import Correction, RlSettings, SftSettings
 from .tally import Tally, describe
 from .updater import Updater, load_weights
 
@@ -71,18 +71,21 @@ class Learner:
         """One RL step: splits the groups, in their order, into mini-batches and updates on each.
 
         Responses without a verdict take no part. Returns metrics by the names of actors/report.py. Raises ValueError,
-        with nothing changed, if a sample is longer than the model's positions or an own loss can't be loaded, and
-        FloatingPointError: see Updater.update.
+        with nothing changed, if a sample is longer than the model's positions or an own loss can't be loaded or
+        corrected, and FloatingPointError: see Updater.update.
         """
         check_lengths(update.groups, self._config.max_positions)
-        loss = _Surrogate(update.objective, self._rl.temperature)
+        loss = _Surrogate(update.objective, self._rl.temperature, self._rl.correction, self._rl.truncation)
         if self._stage != "rl":
             self._enter("rl")
         tally = Tally(self._ranks)
         groups = rated(update.groups, update.advantages)
-        for part in np.array_split(np.arange(len(groups)), self._rl.mini_batches):
-            if mini_batch := [sample for index in part for sample in groups[index]]:
-                self._updater.update(mini_batch, loss, tally)
+        parts = np.array_split(np.arange(len(groups)), self._rl.mini_batches)
+        mini_batches = [[sample for index in part for sample in groups[index]] for part in parts]
+        if self._rl.correction != "none" and len(mini_batches) > 1:
+            mini_batches = [self._with_proximal(samples) for samples in mini_batches]
+        for mini_batch in filter(None, mini_batches):
+            self._updater.update(mini_batch, loss, tally)
         learning_rate = self._updater.learning_rate
         self._updater.step += 1
         metrics = tally.metrics(learning_rate=learning_rate) | describe(update.groups)
@@ -107,6 +110,19 @@ class Learner:
         self._enter(info["stage"])
         self._updater.load_state(arrays, info)
 
+    @torch.no_grad()
+    def _with_proximal(self, samples: list[Sample]) -> list[Sample]:
+        """With their log-probabilities as the weights are now: of those samples that this rank will train."""
+        samples = list(samples)
+        for part in self._ranks.micro_batches([s.num_inputs for s in samples], self._rl.micro_batch_tokens):
+            batch = collate([samples[i] for i in part])
+            out = self._model(batch.tokens, batch.positions, batch.lengths)
+            log_softmax = _log_softmax(self._model.logits(out.hidden[batch.rows]), self._rl.temperature)
+            rows = log_softmax.gather(1, batch.targets.unsqueeze(1)).squeeze(1).split(batch.sizes)
+            for i, row in zip(part, rows, strict=True):
+                samples[i] = samples[i]._replace(proximal=row.numpy())
+        return samples
+
     def _enter(self, stage: Stage) -> None:
         settings: SftSettings | RlSettings = self._sft if stage == "sft" else self._rl
         schedule = Schedule(settings.steps, settings.warmup_steps, settings.decay_ratio, settings.final_ratio)
@@ -115,27 +131,45 @@ class Learner:
 
 
 class _Surrogate:
-    """The loss of an RL update, for the updater."""
+    """The loss of an RL update, for the updater.
 
-    def __init__(self, objective: Objective, temperature: float) -> None:
+    With a correction, tokens are compared with the policy that the step begins from: that is this policy itself, where
+    the samples don't tell, for then they are all trained at once.
+    """
+
+    def __init__(
+        self, objective: Objective, temperature: float, correction: Correction = "none", truncation: float = 2.0
+    ) -> None:
         self._objective = objective
         self._temperature = temperature
+        self._bound = {"none": None, "tis": truncation, "decoupled": float("inf")}[correction]
         self._own = own_loss(objective.function) if objective.function else None
+        if self._own is not None and self._bound is not None:
+            raise ValueError(
+                f"[rl] correction = {correction!r} corrects the surrogate, not the loss {objective.function}; set it "
+                'to "none", and correct in that loss'
+            )
 
     def __call__(self, logits: Tensor, batch: MicroBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
-        log_softmax = torch.log_softmax(logits / self._temperature, dim=-1)
+        log_softmax = _log_softmax(logits, self._temperature)
         logprobs = log_softmax.gather(1, batch.targets.unsqueeze(1)).squeeze(1)
-        total, weight = totals.tokens, None
+        total, weight, watched = totals.tokens, None, {}
         if self._objective.mean == "response":
             sizes = torch.tensor(batch.sizes)
             total, weight = totals.responses, (1 / sizes).repeat_interleave(sizes)
-        result = policy_loss(logprobs, batch.behaviour, batch.target, self._objective, total=total, weight=weight)
+        begun_from = batch.behaviour
+        if self._bound is not None:
+            begun_from = batch.proximal if len(batch.proximal) else logprobs.detach()
+            correction, watched = _correction(begun_from, batch.behaviour, self._bound)
+            weight = correction if weight is None else weight * correction
+        result = policy_loss(logprobs, begun_from, batch.target, self._objective, total=total, weight=weight)
         detached = log_softmax.detach()
         loss, watched = result.loss, {
             "entropy_nats": -(detached.exp() * detached).sum(),
             "clip_ratio": result.num_clipped,
             "behaviour_kl_nats": result.kl_sum,
             "ratio_max": result.ratio_max,
+            **watched,
         }  # fmt: skip
         if self._own is not None:
             loss = self._own(logprobs, batch.behaviour, batch.target, totals.tokens)
@@ -144,6 +178,20 @@ class _Surrogate:
             watched["imitation_loss"] = imitation * totals.tokens
             loss = loss + self._objective.imitation * imitation
         return loss, watched
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def _correction(proximal: Tensor, behaviour: Tensor, bound: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weights of the tokens, none above `bound`, and what is watched of them and of how far the two policies are."""
+    ratio = decoupled_weights(proximal, behaviour)
+    return truncated_weights(proximal, behaviour, bound), {
+        "behaviour_kl_nats": (ratio - 1 - ratio.log()).sum(),
+        "ratio_max": ratio.max(),
+        "truncated_weight_ratio": (ratio > bound).sum(),
+    }
 
 
 def _imitation(logits: Tensor, batch: MicroBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:

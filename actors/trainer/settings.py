@@ -7,11 +7,13 @@ section 4.1 of the Seed-Thinking-v1.5 report. A small model wants others; its cl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
 from ...runtime.codec import wire
+
+Correction = Literal["none", "tis", "decoupled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,12 @@ class RlSettings(UpdateSettings):
     """Share of the learning rates that is left at the end of the decay."""
     temperature: Annotated[float, Gt(0)] = 1.0
     """Of sampling; the trained policy is the one at this temperature."""
+    correction: Correction = "none"
+    """Of what sampled the tokens being another policy than the one that the step begins from: older, or in FP8.
+    none: the surrogate's ratio is to the policy that sampled; tis and decoupled: to the one that the step begins from,
+    and a token weighs as much more or less as that one would have sampled it, with tis at most `truncation`."""
+    truncation: Annotated[float, Ge(1)] = 2.0
+    """Largest weight of a token under tis."""
     max_staleness: Annotated[int, Ge(0)] = 4
     """Most policy versions between a group's oldest token and the step that trains it (eta); 0 is synchronous."""
     alpha: Annotated[float, Ge(0), Le(1)] = 0.0

@@ -1,0 +1,291 @@
+"""The rollout workers of a run: who holds which weights, and who writes which group.
+
+    finish(group) --> the worker with the least to do, of those with weights --died, leaves--> another one goes on
+    publish(manifest) --> every worker, and each that comes          resize(n) --> more of them, or fewer
+
+Its owner is the controller; nothing here outlives it. Knows nothing of batches, staleness or rewards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ...runtime import Actor, Ref, timeout
+from ...runtime.errors import ActorDied, CorruptWeights, StaleIncarnation, UnknownMessage
+from ...runtime.exchange import Manifest
+from ..patience import patiently
+from ..types import Group
+from .answers import write_on
+
+NOTHING = -1
+"""Version of a worker that holds no weights."""
+
+STATS_S = 2.0
+"""Longest wait for numbers that are only shown."""
+
+TOTALS = ("live", "waiting", "steps", "tokens", "prefilled_tokens", "busy_s")
+"""What the numbers of several workers add up to; of others the largest counts."""
+
+NEWS_S = 1.0
+"""How long the news that a worker is down may come after the end of its stream."""
+
+
+class Owner(Protocol):
+    """Who is told what happens to the groups."""
+
+    def halted(self, group: Group) -> None:
+        """Nobody writes the group now."""
+
+    def continued(self, group: Group) -> None:
+        """A worker writes the group, or goes on with it."""
+
+    def armed(self, publish_s: float) -> None:
+        """A worker holds the newest version, so many seconds after it was there."""
+
+    async def republish(self) -> Manifest:
+        """Lays the newest version out anew: whoever had published it is gone."""
+
+
+@dataclass(eq=False)
+class Writer:
+    """One rollout worker, as the pool sees it."""
+
+    name: str
+    ref: Ref
+    incarnation: int = 0
+    holds: int = NOTHING
+    """The policy version that it has taken."""
+    stopped: str = ""
+    """Why it has stopped for good."""
+    leaving: bool = False
+    groups: dict[int, tuple[Group, asyncio.Future[None]]] = field(default_factory=dict)
+    """What it writes, by ordinal."""
+    arming: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Responses that it still has to write."""
+        return sum(not t.finish for group, _ in self.groups.values() for t in group.trajectories)
+
+
+class RolloutPool:
+    """See the module. `actor` is the one that owns the tasks: the controller."""
+
+    def __init__(self, actor: Actor, owner: Owner, name: str = "rollout") -> None:
+        self._actor = actor
+        self._owner = owner
+        self._copies = actor.copies(name)
+        self._writers: dict[str, Writer] = {}
+        self._watching: dict[str, asyncio.Task[None]] = {}
+        self._manifest: Manifest | None = None
+        self._published = 0.0
+        self._publishing = asyncio.Lock()
+        self._news = asyncio.Event()
+        self._waiting: Counter[int] = Counter()
+        self._went_on: list[int] = []
+
+    async def open(self) -> None:
+        """Finds the workers there are."""
+        for name in await self._copies.names():
+            self._add(name)
+
+    @property
+    def newest(self) -> int:
+        """The newest version that a worker holds, NOTHING if none holds any."""
+        return max((w.holds for w in self._writers.values() if not w.leaving), default=NOTHING)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._writers)
+
+    def status(self) -> list[dict[str, Any]]:
+        """One row per worker: name, incarnation, version, groups, responses it still has to write."""
+        return [
+            {
+                "name": w.name, "incarnation": w.incarnation, "version": w.holds, "groups": len(w.groups),
+                "unfinished": w.num_unfinished, "state": w.stopped or ("leaving" if w.leaving else "up"),
+            }
+            for w in self._writers.values()
+        ]  # fmt: skip
+
+    def waits(self) -> list[str]:
+        """Who waits for a worker, in words."""
+        waiting = {version: count for version, count in self._waiting.items() if count}
+        return [f"{n} groups wait for a rollout worker that holds version {v} or newer" for v, n in waiting.items()]
+
+    async def resize(self, count: int) -> list[str]:
+        """Has `count` workers, and returns their names. New ones hold weights before their first token; what those that
+        leave were writing goes on elsewhere.
+
+        Raises ValueError for less than one, and what the `start` of a new one raised: then the others stay.
+        """
+        numbered = await self._copies.names()
+        for name in numbered[max(count, 1) :]:
+            writer = self._writers[name]
+            writer.leaving = True
+            for _, writing in writer.groups.values():
+                writing.cancel()
+        try:
+            names = await self._copies.resize(count)
+        finally:
+            left = await self._copies.names()
+            for name in self._writers.keys() - set(left):
+                self._watching.pop(name).cancel()
+                del self._writers[name]
+            for name in left:
+                self._add(name)
+        self._actor.log("rollout_resized", workers=len(names))
+        self._tell()
+        return names
+
+    # Weights ------------------------------------------------------------------------------------------------
+
+    def publish(self, manifest: Manifest) -> None:
+        """Has every worker take this version, the newest, while it goes on; returns at once."""
+        self._manifest, self._published = manifest, time.monotonic()
+        for writer in self._writers.values():
+            self._actor.background(self._arm(writer), name=f"arm {writer.name}")
+
+    async def arm_first(self) -> None:
+        """Returns when the first worker holds the newest version."""
+        await self._arm(next(iter(self._writers.values())))
+
+    async def _arm(self, writer: Writer) -> None:
+        """Gives a worker the newest version, whichever incarnation of it takes that."""
+        async with writer.arming:
+            while (manifest := self._manifest) and writer.holds != manifest.version and not writer.leaving:
+                incarnation = writer.incarnation
+                try:
+                    version = await patiently(lambda manifest=manifest: writer.ref.load(manifest))  # type: ignore[misc]
+                except (StaleIncarnation, CorruptWeights) as error:
+                    await self._renew(manifest, str(error))
+                    continue
+                except ActorDied:
+                    return  # It has stopped for good, or leaves: whoever watches it says so.
+                if writer.incarnation == incarnation or not incarnation:
+                    writer.holds = version
+                self._owner.armed(time.monotonic() - self._published)
+                self._tell()
+
+    async def _renew(self, refused: Manifest, reason: str) -> None:
+        """Another manifest than `refused`, unless a newer version came between."""
+        async with self._publishing:
+            if self._manifest is refused:
+                self._actor.log("weights_not_taken", version=refused.version, reason=reason)
+                self._manifest = await self._owner.republish()
+
+    # Writing ------------------------------------------------------------------------------------------------
+
+    async def finish(self, group: Group, least: int = 0, *, max_new_tokens: int, temperature: float) -> None:
+        """Returns when all responses of the group have ended, whoever writes them. What was written stays.
+
+        Only workers that hold version `least` or a newer one write it. Raises RemoteError if it can't be generated, and
+        ActorDied if all workers have stopped for good.
+        """
+        ordinal, lost = group.prompt.ordinal, None
+        while not group.finished:
+            writer = await self._pick(least, lost)
+            self._owner.continued(group)
+            if lost is not None:
+                self._count_continued(group)
+            incarnation = writer.incarnation
+            writing = asyncio.ensure_future(
+                write_on(writer.ref, [group], max_new_tokens=max_new_tokens, temperature=temperature)
+            )
+            writer.groups[ordinal] = group, writing
+            try:
+                await writing
+            except (ActorDied, asyncio.CancelledError) as error:
+                task = asyncio.current_task()
+                if isinstance(error, asyncio.CancelledError) and (not writer.leaving or (task and task.cancelling())):
+                    raise
+                lost = writer, incarnation
+                if not group.finished:
+                    self._owner.halted(group)
+            finally:
+                writing.cancel()
+                writer.groups.pop(ordinal, None)
+
+    async def _pick(self, least: int, lost: tuple[Writer, int] | None) -> Writer:
+        """The worker with the least to do; not the incarnation that was lost, unless it turns out to live."""
+        patience = time.monotonic() + NEWS_S
+        while True:
+            can = [w for w in self._writers.values() if w.holds >= least and not w.leaving and not w.stopped]
+            news = self._news
+            if lost is not None and (late := patience - time.monotonic()) > 0:
+                can = [w for w in can if (w, w.incarnation) != lost]
+            else:
+                late = None
+            if can:
+                return min(can, key=lambda w: w.num_unfinished)
+            self._require_any()
+            self._waiting[least] += 1
+            with suppress(TimeoutError):
+                try:
+                    async with asyncio.timeout(late):
+                        await news.wait()
+                finally:
+                    self._waiting[least] -= 1
+
+    def _require_any(self) -> None:
+        """Raises ActorDied if no worker will ever write again."""
+        if all(writer.stopped for writer in self._writers.values()):
+            ends = (f"{writer.name} has stopped for good: {writer.stopped}" for writer in self._writers.values())
+            raise ActorDied("; ".join(ends))
+
+    def _count_continued(self, group: Group) -> None:
+        """Groups that go on at the same moment are one event."""
+        if not self._went_on:
+            asyncio.get_running_loop().call_soon(self._log_continued)
+        self._went_on.append(group.num_tokens)
+
+    def _log_continued(self) -> None:
+        kept, self._went_on = self._went_on, []
+        self._actor.log("answers_continued", groups=len(kept), tokens_kept=sum(kept))
+
+    # Watching -----------------------------------------------------------------------------------------------
+
+    def _add(self, name: str) -> None:
+        if name not in self._writers:
+            writer = self._writers[name] = Writer(name, self._actor.find(name))
+            self._watching[name] = self._actor.background(self._watch(writer), name=f"watch {name}")
+
+    async def _watch(self, writer: Writer) -> None:
+        """Follows the incarnations of a worker, and arms each. Raises ActorDied when no worker is left."""
+        async for status in self._actor.watch(writer.name):
+            if status.state != "up" or status.incarnation != writer.incarnation:
+                writer.holds = NOTHING
+            if status.state == "up":
+                writer.incarnation = status.incarnation
+                self._actor.background(self._arm(writer), name=f"arm {writer.name}")
+            elif status.state == "stopped" and not writer.leaving:
+                writer.stopped = status.reason or "orderly stop"
+                self._require_any()
+            self._tell()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    # Measuring ----------------------------------------------------------------------------------------------
+
+    async def stats(self) -> dict[str, Any]:
+        """What Rollout.stats says of all workers together; of those that can't say now, nothing."""
+        asked = [self._ask(w) for w in self._writers.values() if w.holds != NOTHING]
+        total: dict[str, Any] = {}
+        for stats in await asyncio.gather(*asked):
+            for name, value in stats.items():
+                known = total.get(name)
+                total[name] = value if known is None else known + value if name in TOTALS else max(known, value)
+        return total
+
+    async def _ask(self, writer: Writer) -> dict[str, Any]:
+        with suppress(ActorDied, TimeoutError, UnknownMessage):
+            async with timeout(STATS_S):
+                return dict(await writer.ref.stats())
+        return {}

@@ -1,0 +1,168 @@
+"""What is said of weights before and beside their bytes: manifests, routes, headers of buckets.
+
+    Manifest   one published version: its tensors, where they lie in the payload, a checksum for each bucket of it
+    Route      how one member gets it, in one epoch: by which carrier, from whom, among whom, until when
+    BucketHeader   in front of every bucket that travels by itself
+
+The payload is the tensors one after the other, cut into buckets of equal size. Tensors travel as the bytes of
+little-endian numpy arrays; what numpy has no dtype for has a name here, and is an array of `stored(dtype)` to numpy.
+Knows nothing of carriers.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import numpy as np
+import xxhash
+
+from ..codec import Buffer, wire
+from ..errors import CorruptWeights
+
+BUCKET_BYTES = 1 << 19
+"""Bytes per checksum; few enough that a bucket is hashed while it is still in the cache."""
+
+ALIGN = 64
+"""Tensors begin at multiples of it."""
+
+_NUMPY = "|b1 |u1 |i1 <u2 <i2 <u4 <i4 <u8 <i8 <f2 <f4 <f8".split()
+_STORED = {**{name: name for name in _NUMPY}, "bfloat16": "<u2", "float8_e4m3fn": "|u1"}
+DTYPES = tuple(sorted(_STORED))
+"""Names of what may travel: numpy's, and those that it does not know."""
+
+
+def stored(dtype: str) -> np.dtype:
+    """The numpy dtype that holds the bits of `dtype`. Raises KeyError if it can't travel."""
+    return np.dtype(_STORED[dtype])
+
+
+def checksum(data: Buffer | np.ndarray) -> int:
+    """Of a bucket: XXH3, 64 bits. Beside a copy that is in the cache it costs a sixth of it; zlib's crc32 costs 2.5."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+@wire
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """Where one tensor lies in the payload."""
+
+    name: str
+    dtype: str
+    """One of DTYPES."""
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the payload."""
+
+    @property
+    def nbytes(self) -> int:
+        return stored(self.dtype).itemsize * math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@wire
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a receiver must know of one version; published whole, it never changes."""
+
+    name: str
+    """Of the publisher."""
+    version: int
+    pid: int
+    fd: int
+    """Descriptor, in the process `pid`, of the buffer with the payload."""
+    incarnation: int
+    """Random number of the publisher object: memory of another one is refused."""
+    generation: int
+    """Counts what this publisher wrote."""
+    nbytes: int
+    """Size of the payload."""
+    bucket_bytes: int
+    tensors: list[TensorSpec]
+    checksums: list[int] = field(default_factory=list)
+    """Of each bucket of the payload; the last one is shorter."""
+
+    def check(self) -> None:
+        """Raises CorruptWeights if it leads outside the payload: it comes from another process."""
+        for spec in self.tensors:
+            if not (
+                spec.dtype in _STORED
+                and all(type(n) is int and n >= 0 for n in spec.shape)
+                and 0 <= spec.offset <= self.nbytes - spec.nbytes
+                and spec.offset % ALIGN == 0
+            ):
+                raise CorruptWeights(f"the manifest of {self.name} version {self.version} is wrong at {spec.name!r}")
+        if self.bucket_bytes < 1 or len(self.checksums) != -(-self.nbytes // self.bucket_bytes):
+            raise CorruptWeights(f"the manifest of {self.name} version {self.version} is wrong: it lacks checksums")
+
+    def bucket(self, index: int) -> slice:
+        """Bytes of the payload that are bucket `index`."""
+        return slice(index * self.bucket_bytes, min((index + 1) * self.bucket_bytes, self.nbytes))
+
+    def views(self, payload: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors in a payload, uint8 [nbytes or more], sharing its memory."""
+        return {
+            spec.name: payload[spec.offset : spec.offset + spec.nbytes].view(stored(spec.dtype)).reshape(spec.shape)
+            for spec in self.tensors
+        }
+
+
+@wire
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Route:
+    """How one member gets a version. What it says holds for one epoch: later it is refused."""
+
+    carrier: str
+    """shm, tree, nccl or ipc."""
+    epoch: int = 0
+    """Counts the memberships of an exchange: it rises with each transfer that had to be begun again."""
+    members: tuple[str, ...] = ()
+    """Who takes part, the publisher first: the place of a name is its rank."""
+    rank: int = 0
+    """Of the member that this is for."""
+    sources: tuple[str, ...] = ()
+    """Addresses to fetch from, best first: who does not deliver is passed over for the next. The last one is the
+    publisher's. Empty where the manifest says it all."""
+    token: bytes = b""
+    """What else the carrier needs to find the others, such as NCCL's unique id."""
+    deadline_s: float = 60.0
+    """Time for the whole transfer."""
+    stall_s: float = 0.25
+    """Time without a byte after which a source is taken for dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class BucketHeader:
+    """In front of a bucket that travels by itself. Ranks are 0 where they do not matter."""
+
+    version: int
+    epoch: int
+    incarnation: int
+    generation: int
+    index: int
+    num_buckets: int
+    nbytes: int
+    checksum: int
+    source: int = 0
+    dest: int = 0
+    quantized: bool = False
+
+    FORMAT: ClassVar[struct.Struct] = struct.Struct("<qqQQIIQQII?")
+
+    def pack(self) -> bytes:
+        return self.FORMAT.pack(
+            self.version, self.epoch, self.incarnation, self.generation, self.index, self.num_buckets, self.nbytes,
+            self.checksum, self.source, self.dest, self.quantized,
+        )  # fmt: skip
+
+    @classmethod
+    def unpack(cls, data: Buffer) -> Self:
+        """Raises CorruptWeights if `data` is no header."""
+        try:
+            return cls(*cls.FORMAT.unpack(data))
+        except struct.error as error:
+            raise CorruptWeights(f"{len(data)} bytes are no header of a bucket: {error}") from None
