@@ -112,10 +112,14 @@ class Publisher:
                 if buffer.manifest is not None and version in (None, buffer.manifest.version):
                     buffer.pins.discard(who)
 
-    def payload(self, generation: int) -> np.ndarray | None:
-        """The bytes of what was written as number `generation`, uint8; None if they are not there any more."""
-        found = next((b for b in self._buffers if b.manifest and b.manifest.generation == generation), None)
-        return None if found is None else found.payload
+    def written(self, incarnation: int, generation: int) -> tuple[Manifest, np.ndarray] | None:
+        """What was written as number `generation`, and its bytes, uint8; None if it is not there any more."""
+        with self._lock:
+            wanted = incarnation, generation
+            for buffer in self._buffers:
+                if (held := buffer.manifest) is not None and (held.incarnation, held.generation) == wanted:
+                    return held, buffer.payload
+        return None
 
     def close(self) -> None:
         """Frees the buffers (receivers that have them mapped keep them until they close)."""
