@@ -140,10 +140,10 @@ def route(config: ModelConfig, x: Tensor, w: LayerWeights) -> Gate:
 def mix(x: Tensor, w: LayerWeights, gate: Gate) -> tuple[Tensor, Rows]:
     """What the chosen experts add to the residual stream, [T, d], for x [T, d] after the norm."""
     rows = align(gate.ids_TK, gate.probs_TE.shape[1])
-    return experts(x, w, rows, gate.weights_TK), rows
+    return experts(x, rows, gate.weights_TK, w), rows
 
 
-def experts(x: Tensor, w: LayerWeights, rows: Rows, weights: Tensor) -> Tensor:
-    """The same for pairs in `rows`, sorted by the experts that `w` has; `weights` [T, K] are those of the pairs."""
-    inner, up = grouped_linear(permute(x, rows, weights.shape[1]), w.gate_up, rows.ends_E).chunk(2, dim=-1)
-    return unpermute(grouped_linear(F.silu(inner) * up, w.down, rows.ends_E), rows, weights)
+def experts(x: Tensor, rows: Rows, weights_TK: Tensor, w: LayerWeights) -> Tensor:
+    """What the pairs in `rows` add up to, [T, d]; experts are numbered as the weights hold them."""
+    inner, up = grouped_linear(permute(x, rows, weights_TK.shape[1]), w.gate_up, rows.ends_E).chunk(2, dim=-1)
+    return unpermute(grouped_linear(F.silu(inner) * up, w.down, rows.ends_E), rows, weights_TK)

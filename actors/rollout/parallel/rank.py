@@ -123,12 +123,12 @@ class Rank:
         normed = unit_rms(x, eps)
         gate = route(config, normed, w)
         if share is None or self._place.mesh.sp == 1:
-            added = experts(normed, w, self._slots[index].rows(gate.ids_TK), gate.weights_TK)
+            added = experts(normed, self._slots[index].rows(gate.ids_TK), gate.weights_TK, w)
             return x + link.sum("experts", added), gate.ids_TK
         rows = share.expert_rows
         added = torch.zeros_like(x)
         mine = self._slots[index].rows(gate.ids_TK[rows])
-        added[rows] = experts(normed[rows], w, mine, gate.weights_TK[rows])
+        added[rows] = experts(normed[rows], mine, gate.weights_TK[rows], w)
         return x + link.sum("all", added), gate.ids_TK
 
     def _attend(self, batch: Batch, share: Share | None) -> Attend:
