@@ -66,6 +66,8 @@ class Rollout(Worker):
 
     def __post_init__(self) -> None:
         self.mesh.check(self.model)
+        if self.mesh.size > 1 and self.precision.uses_fp8:
+            raise ValueError('precision must be "full" on several ranks; leave it out, or set tp, ep and sp to 1')
 
     @property
     def mesh(self) -> Mesh:

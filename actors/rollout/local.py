@@ -145,14 +145,17 @@ class LocalBackend:
 
     def _load(self, version: int, tensors: Mapping[str, np.ndarray]) -> None:
         """On the actor's thread, hence between two turns."""
-        from .engine import Engine
-
         if self._engine is not None:
             self._engine.load(self._engine.prepare(version, tensors))
             self._stats = {**self._stats, "version": version}
             return
+        self._engine = self._make_engine(version, tensors)
+
+    def _make_engine(self, version: int, tensors: Mapping[str, np.ndarray]) -> Engine:
+        from .engine import Engine
+
         worker = self._worker
-        self._engine = Engine(
+        return Engine(
             worker.model, tensors, version=version, num_slots=worker.num_slots,
             max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
             eos_id=worker.task.eos_id, seed=worker.run.seed, chunk_tokens=worker.chunk_tokens,

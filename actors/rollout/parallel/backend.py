@@ -56,13 +56,25 @@ class RanksBackend(LocalBackend):
         elif self._link is not None:
             self._link.close()
 
+    def _make_runner(self, num_pages: int, page_tokens: int) -> RanksRunner:
+        from .balance import Balance
+        from .runner import RanksRunner
+
+        assert self._link is not None
+        worker = self._worker
+        balance = Balance(worker.mesh, worker.model) if worker.ep > 1 else None
+        self._runner = RanksRunner(
+            self._link, worker.model, num_pages=num_pages, page_tokens=page_tokens, balance=balance
+        )
+        return self._runner
+
     async def _receive(self, manifest: Manifest) -> Mapping[str, np.ndarray]:
         """The part of this rank; the others have taken theirs, too."""
         from .part import as_arrays, first_placements
 
         self._tickets += 1
         ticket, worker = self._tickets, self._worker
-        placements = self._runner and self._runner.placements or first_placements(worker.mesh, worker.model)
+        placements = (self._runner and self._runner.placements) or first_placements(worker.mesh, worker.model)
         experts = as_arrays(placements)
         parts = [self._own(manifest, ticket, experts)]
         parts += [other.take_part(manifest, ticket, experts) for other in self._others]
@@ -144,12 +156,15 @@ def _meet(worker: Rollout, meeting: Path) -> Link:
 
 
 def _read(worker: Rollout, receiver: Receiver, manifest: Manifest, ticket: int, experts: np.ndarray) -> Part:
-    """On a thread: this rank's part of what was published."""
-    from .part import cut, from_arrays
+    """On a thread: this rank's part of what was published; nothing else is copied."""
+    from ...model.decode import shapes
+    from .part import check_shapes, cuts, empty_part, from_arrays
 
-    placements = from_arrays(experts, worker.mesh, worker.model)
-    part = cut(worker.model, worker.mesh.place(worker.rank), placements, receiver.receive(manifest))
+    check_shapes(shapes(worker.model), {spec.name: tuple(spec.shape) for spec in manifest.tensors})
+    place, placements = worker.mesh.place(worker.rank), from_arrays(experts, worker.mesh, worker.model)
+    part = empty_part(worker.model, place, placements)
     part.ticket = ticket
+    receiver.receive(manifest, into=part, copies=list(cuts(worker.model, place, placements)))
     return part
 
 
