@@ -42,6 +42,7 @@ class SingleRunner:
 
     def load(self, weights: DecoderWeights) -> None:
         self._weights = weights
+        self._cache.expect(weights.layers)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Forward:
