@@ -27,6 +27,7 @@ from .lost import RankLost
 
 if TYPE_CHECKING:
     from ..actor import Rollout
+    from .balance import Balance
     from .link import Link
     from .part import Part
     from .runner import Follower, RanksRunner
@@ -38,8 +39,10 @@ class RanksBackend(LocalBackend):
     def __init__(self, worker: Rollout) -> None:
         super().__init__(worker)
         self._meeting = meeting_file(worker, worker.run.path)
+        self._met: asyncio.Future[None] | None = None
         self._link: Link | None = None
         self._runner: RanksRunner | None = None
+        self._balance: Balance | None = None
         self._others = [worker.find(name) for name in rank_names(worker.name, worker.mesh.size)[1:]]
         self._tickets = 0
 
@@ -47,7 +50,7 @@ class RanksBackend(LocalBackend):
         try:
             await super().load(manifest)
         except (RankLost, ActorDied) as error:
-            await _fail(self._worker, error)
+            await self._worker.fail(error)
 
     async def close(self) -> None:
         await super().close()
@@ -62,11 +65,14 @@ class RanksBackend(LocalBackend):
 
         assert self._link is not None
         worker = self._worker
-        balance = Balance(worker.mesh, worker.model) if worker.ep > 1 else None
+        self._balance = Balance(worker.mesh, worker.model) if worker.ep > 1 else None
         self._runner = RanksRunner(
-            self._link, worker.model, num_pages=num_pages, page_tokens=page_tokens, balance=balance
+            self._link, worker.model, num_pages=num_pages, page_tokens=page_tokens, balance=self._balance
         )
         return self._runner
+
+    def stats(self) -> dict[str, Any]:
+        return {**super().stats(), "expert_moves": self._balance.moves if self._balance is not None else 0}
 
     async def _receive(self, manifest: Manifest) -> Mapping[str, np.ndarray]:
         """The part of this rank; the others have taken theirs, too."""
@@ -82,10 +88,16 @@ class RanksBackend(LocalBackend):
         return own  # type: ignore[no-any-return]
 
     async def _own(self, manifest: Manifest, ticket: int, experts: np.ndarray) -> Part:
-        if self._link is None:
-            self._link = await self._worker.in_thread(_meet, self._worker, self._meeting)
+        if self._met is None:
+            self._met = asyncio.get_running_loop().create_future()
+            self._worker.background(self._meet(self._met), name="meet")
+        await asyncio.shield(self._met)  # It is done once, whoever asked for these weights.
         part: Part = await self._worker.in_thread(_read, self._worker, self._receiver, manifest, ticket, experts)
         return part
+
+    async def _meet(self, met: asyncio.Future[None]) -> None:
+        self._link = await self._worker.in_thread(_meet, self._worker, self._meeting)
+        met.set_result(None)
 
 
 class FollowerBackend:
@@ -96,8 +108,7 @@ class FollowerBackend:
         self._meeting = meeting_file(worker, worker.run.path)
         self._receiver = Receiver()
         self._weights = WorkThread(f"{worker.name}:weights")  # The actor's own thread follows the first rank.
-        self._follower: Follower | None = None
-        self._joining = asyncio.Lock()
+        self._joined: asyncio.Future[Follower] | None = None
 
     async def open(self) -> None:
         from ..local import _import_torch
@@ -110,15 +121,12 @@ class FollowerBackend:
 
     async def take_part(self, manifest: Manifest, ticket: int, experts: np.ndarray) -> None:
         """Prepares this rank's part of the weights, to be loaded when the first rank says so."""
-        async with self._joining:
-            if self._follower is None:
-                from .runner import Follower
-
-                link: Link = await self._worker.together(_meet, self._worker, self._meeting)
-                self._follower = Follower(link, self._worker.model)
-                self._worker.background(self._follow(link, self._follower), name="follow")
+        if self._joined is None:
+            self._joined = asyncio.get_running_loop().create_future()
+            self._worker.background(self._live(self._joined), name="follow")
+        follower = await asyncio.shield(self._joined)
         part = await self._weights.run(_read, self._worker, self._receiver, manifest, ticket, experts)
-        await self._weights.run(self._follower.take, part)
+        await self._weights.run(follower.take, part)
 
     async def load(self, manifest: Manifest) -> None:
         self._refuse()
@@ -126,9 +134,8 @@ class FollowerBackend:
     def check(self, request: Request) -> None:
         self._refuse()
 
-    async def generate(self, requests: list[Request]) -> AsyncGenerator[list[Chunk], None]:
+    def generate(self, requests: list[Request]) -> AsyncGenerator[list[Chunk], None]:
         self._refuse()
-        yield []
 
     def stats(self) -> dict[str, Any]:
         return {}
@@ -137,7 +144,13 @@ class FollowerBackend:
         first = self._worker.name.partition("/")[0]
         raise ValueError(f"{self._worker.name} is a rank of {first} and follows it; ask {first}")
 
-    async def _follow(self, link: Link, follower: Follower) -> None:
+    async def _live(self, joined: asyncio.Future[Follower]) -> None:
+        """Joins the others and follows the first, until the end of either."""
+        from .runner import Follower
+
+        link = await self._worker.in_thread(_meet, self._worker, self._meeting)
+        follower = Follower(link, self._worker.model)
+        joined.set_result(follower)
         following = asyncio.ensure_future(self._worker.in_thread(follower.follow))
         try:
             await asyncio.shield(following)
@@ -177,14 +190,3 @@ async def _all(asked: Sequence[Awaitable[Any]]) -> list[Any]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _fail(worker: Rollout, error: Exception) -> NoReturn:
-    """Ends this rank, and so the gang is started again; whoever asked hears that it died."""
-
-    async def failing() -> NoReturn:
-        raise error
-
-    worker.background(failing(), name="lost")
-    await asyncio.get_running_loop().create_future()
-    raise AssertionError
