@@ -45,6 +45,7 @@ from .rollout.pool import NOTHING, RolloutPool
 from .run_state import POOL, STATE, load_state
 from .stream.ledger import Ledger
 from .stream.policy import priority, stream_policy
+from .stream.stories import Stories, described
 from .telemetry import Telemetry
 from .trainer.actor import Trainer
 from .trainer.critic import Critic
@@ -79,17 +80,20 @@ class Controller(Actor):
     algorithm: Algorithm
     evaluation: EvaluationSettings
 
+    live = ("rl.max_staleness", "rl.alpha", "rl.temperature", "rl.learning_rate")
+
     async def start(self) -> None:
         """Takes up the state of the newest checkpoint. Raises ValueError or FileNotFoundError if it is damaged."""
         self.state, self._pool_state = load_state(self.run.path)
-        self.trainer = DurableTrainer(self.worker_group("trainer", Trainer), self.state)
+        self.trainer = DurableTrainer(self.worker_group("trainer", Trainer), self.state, self.rl)
         self.critic = DurableCritic(self.worker_group("critic", Critic), self.state)
         roles = {"policy": self.trainer, "critic": self.critic}
         self.roles = {name: roles[name] for name in roles_of(self.algorithm.step)}
         self.steps = {"sft": self.sft.steps, "value": self.algorithm.value_steps, "rl": self.rl.steps}
         self.rollout, self.evaluator = RolloutPool(self, self), self.find("evaluator")
         self.verifier, self.reward, self.pool = self.find("verifier"), self.find("reward"), self.find("pool")
-        self.stream = stream_policy(self.rl)
+        self.stream, self.stories = stream_policy(self.rl), Stories()
+        self.expose("rollout_pool", self.rollout)
         self.ledger = Ledger.restore(self.state.ledger) if self.state.ledger else Ledger()
         self.questions = self.task.questions(self.run.seed)
         if self.state.adaptation:
@@ -104,6 +108,12 @@ class Controller(Actor):
 
     async def stop(self, reason: BaseException | None) -> None:
         self.telemetry.close()
+
+    async def changed(self) -> None:
+        """From the next step, and the next token, on."""
+        self.stream = stream_policy(self.rl)
+        self.trainer.rl = self.rl
+        self._room.set()
 
     async def _main(self) -> None:
         await self.trainer.rewind()
@@ -170,9 +180,12 @@ class Controller(Actor):
             ordinals = [entry.id for entry in lease.entries]
             staleness = [self.state.version - group.oldest_version for group in groups]
             self.ledger.take(ordinals)
+            await self._drop_stale()
             metrics = await self._learn(Batch(groups))
             await self.pool.ack(lease.id)
             self.ledger.train(ordinals)
+            for group, stale in zip(groups, staleness, strict=True):
+                self.stories.tell(group, "trained", step=self.state.step, staleness=stale)
             self._room.set()
             row = await self._measure(metrics, groups, staleness)
             stage, step = self.state.stage, self.state.step
@@ -200,6 +213,14 @@ class Controller(Actor):
             )
         await self._publish()
         return metrics
+
+    async def _drop_stale(self) -> None:
+        """Finished groups past the bound will never be trained: there are some only if the bound was lowered."""
+        for ordinal, started in list(self.ledger.pooled.items()):
+            if started < self.state.version - self.stream.max_staleness:
+                why = f"staler than {self.stream.max_staleness}"
+                await self.pool.discard(ordinal, why)  # If the pool has not dropped it by itself.
+                self.ledger.drop(ordinal, why)
 
     async def _lease(self) -> Lease | None:
         """The next batch; None if the run is told to drain before there is one."""
@@ -263,11 +284,13 @@ class Controller(Actor):
         else:
             if not failure:
                 ledger.filter(ordinal)
+                self.stories.tell(group, "filtered", reason="it teaches nothing (dynamic sampling)")
             else:
                 kind = refusal_kind(failure)
                 if kind not in ledger.reasons:
                     self.log("group_failed", ordinal=ordinal, reason=failure)
                 ledger.fail(ordinal, kind, group.num_tokens)
+                self.stories.tell(group, "failed", reason=failure)
             self.pool.retire.cast([ordinal])
         del self.state.in_flight[ordinal]
         self._room.set()
@@ -303,11 +326,10 @@ class Controller(Actor):
 
     async def _publish(self) -> None:
         """Has the trainer lay out its weights as the newest version; rollout takes them while training goes on."""
-        self.rollout.publish(await self.trainer.publish())
+        self.rollout.publish(await self.republish())
 
     async def republish(self) -> Manifest:
-        manifest: Manifest = await self.trainer.publish()
-        return manifest
+        return await self.trainer.publish(self.rollout.needed())
 
     def halted(self, group: Group) -> None:
         if group.prompt.ordinal in self.ledger.running:
@@ -427,6 +449,14 @@ class Controller(Actor):
     async def rollout_workers(self) -> list[dict[str, Any]]:
         """See RolloutPool.status."""
         return self.rollout.status()
+
+    @message(concurrent=True, lane=Lane.CONTROL)
+    async def explain(self, ordinal: int) -> list[dict[str, Any]]:
+        """What became of a group, or where it stands: who generated which tokens, verdicts, rewards."""
+        group = self.state.in_flight.get(ordinal)
+        if group is None:
+            return self.stories.of(ordinal)
+        return [{"event": "generated" if group.finished else "generating", "prompt": ordinal}, *described(group)]
 
     @message(concurrent=True, lane=Lane.CONTROL, deadline_s=3600.0)
     async def progress(self) -> AsyncIterator[dict[str, Any]]:

@@ -18,6 +18,7 @@
                      inspector.py, stacks.py look into a blocked process   survey.py asks all nodes
     worker groups    worker_group.py ranks addressed as one                worker.py one rank    gang.py from files
                      dispatch.py protocols, layout.py, batches.py          remote_batch.py what stays with the ranks
+    looking          repl/ what bin/attach asks of all this
     beside           pool.py leased priority queue with a journal          exchange/ weights to who uses them
 
 It knows nothing of models, rewards or training, and imports no torch.
@@ -26,33 +27,33 @@ It knows nothing of models, rewards or training, and imports no torch.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .actor import Actor as Actor
-from .actor import message as message
-from .codec import wire as wire
-from .deadline import timeout as timeout
-from .directory import Status as Status
-from .exits import Exit as Exit
-from .mailbox import Lane as Lane
-from .ref import Ref as Ref
-
 if TYPE_CHECKING:
+    from .actor import Actor as Actor
+    from .actor import message as message
+    from .codec import wire as wire
     from .curve import Keys as Keys
+    from .deadline import timeout as timeout
     from .detector import HeartbeatPolicy as HeartbeatPolicy
+    from .directory import Status as Status
+    from .exits import Exit as Exit
     from .group import ActorGroup as ActorGroup
     from .inspector import inspect_node as inspect_node
     from .launcher import NodeSpec as NodeSpec
+    from .mailbox import Lane as Lane
+    from .ref import Ref as Ref
     from .supervisor import RestartPolicy as RestartPolicy
     from .system import System as System
 
-_OF_THE_ROOT = {
-    "ActorGroup": "group", "HeartbeatPolicy": "detector", "Keys": "curve", "NodeSpec": "launcher",
-    "RestartPolicy": "supervisor", "System": "system", "inspect_node": "inspector",
+_MODULES = {
+    "Actor": "actor", "ActorGroup": "group", "Exit": "exits", "HeartbeatPolicy": "detector", "Keys": "curve",
+    "Lane": "mailbox", "NodeSpec": "launcher", "Ref": "ref", "RestartPolicy": "supervisor", "Status": "directory",
+    "System": "system", "inspect_node": "inspector", "message": "actor", "timeout": "deadline", "wire": "codec",
 }  # fmt: skip
-"""Imported when they are asked for: a node needs none of them, and is up the sooner."""
+"""Imported when they are asked for: a node needs not all of them, and what attaches to a run needs none."""
 
 
 def __getattr__(name: str) -> Any:
-    module = _OF_THE_ROOT.get(name)
+    module = _MODULES.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{module}", __name__), name)

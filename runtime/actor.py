@@ -116,6 +116,10 @@ class Actor:
     mailbox_bytes: ClassVar[int] = MAILBOX_BYTES
     """Bytes of each lane that may wait; a single larger message is taken when none waits."""
 
+    live: ClassVar[tuple[str, ...]] = ()
+    """Fields that may be changed while it runs, by `settings(...)` at the prompt of `bin/attach`: "rl.alpha" is `alpha`
+    of the dataclass in the field `rl`. Actors that name the same share it."""
+
     _node: Node | None = None
     _name: str = ""
     _epoch: int = 1
@@ -148,6 +152,12 @@ class Actor:
     def restore(self, state: Any) -> None:
         """Takes up the state of an earlier incarnation, after `start` and before the first message. Arrays in it are
         read-only. Raising here fails the incarnation, as in `start`."""
+
+    def fits(self) -> None:
+        """Called on a copy before live fields are changed. Raises ValueError if their values do not fit the others."""
+
+    async def changed(self) -> None:
+        """Live fields have new values; called between two messages. What `start` made of the old ones is made anew."""
 
     async def save(self) -> None:
         """Returns when the root keeps what `snapshot` gives now. Does nothing outside a system.
@@ -195,6 +205,12 @@ class Actor:
         """Writes a line to the run's events.jsonl; does nothing outside a system."""
         if self._node is not None:
             self._node.emit(event, actor=self._name, **fields)
+
+    def expose(self, name: str, value: Any) -> None:
+        """Makes an object of this actor reachable by name at the prompt of `bin/attach`: `await name.method(...)`. Does
+        nothing outside a system."""
+        if self._node is not None:
+            self._node.exposed[name] = self, value
 
     def background(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         """Starts a task that the actor owns: cancelled at stop, and its failure is the actor's failure.

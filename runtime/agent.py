@@ -21,6 +21,7 @@ from .mailbox import Lane
 from .memory import Memory
 from .node import Node
 from .protocol import pack_error, window_of
+from .repl.inside import Visits
 
 DRAIN_LOOK_S = 0.005
 """How often it is looked whether the actors have finished their work."""
@@ -41,10 +42,11 @@ def interface_of(actor: type[Actor]) -> dict[str, Any]:
 
 
 @dataclass(kw_only=True)
-class NodeAgent(Actor):
+class NodeAgent(Visits):
     """The actor `$node@<name>` of every node: hosts, lists and stops its cells."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._cells: dict[str, asyncio.Task[None]] = {}
         self._stopping = False
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()

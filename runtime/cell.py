@@ -96,6 +96,8 @@ class Cell:
         self._turns: asyncio.Task[None] | None = None
         self._context = contextvars.copy_context()
         """Of the task of the turns, and so of their first steps."""
+        self.tracers: tuple[Callable[[Door, Callable[..., Any]], Callable[..., Any]], ...] = ()
+        """Wrap the handlers of doors that are opened; see repl/tracing.py."""
         self._begun: Begun | None = None
         """The rest of a turn whose first step was made at once."""
         self._closing: asyncio.Future[None] = self._loop.create_future()
@@ -107,17 +109,29 @@ class Cell:
         door.mailbox = self.overlapping if spec.concurrent else self.turns
         door.handler = getattr(self.actor, door.method)
         door.kind = spec.kind
+        for tracer in self.tracers:
+            door.handler = tracer(door, door.handler)
         door.at_once = spec.kind == "async" and not spec.concurrent and self.memory is None
         if credited:
             window = window_of(self.actor.mailbox_capacity, self.actor.mailbox_bytes)
             door.debt = self._debts.setdefault((door.origin, door.lane), CreditDebt(*window))
         door.cell = self
 
+    def admit(self, door: Door, work: Callable[[], Any]) -> None:
+        """Makes a door lead here, to work that is no message of the actor's class but takes its turn as one."""
+        door.mailbox, door.handler, door.kind, door.cell = self.turns, work, "async", self
+
+    def pause(self, paused: bool) -> None:
+        """Paused, messages below the control lane wait; those at work go on."""
+        last = Lane.CONTROL if paused else Lane.BULK
+        for mailbox in (self.turns, self.overlapping):
+            mailbox.open_until(last)
+
     def at_once(self, delivery: Delivery) -> bool:
         """Handles a message here and now, up to where it waits for something, if the actor is idle: most have ended by
         then, and cost no task switch. The task of the turns goes on with the others. False if it must queue."""
         task = self._turns
-        if task is None or not self.turns.awaited:
+        if task is None or not self.turns.awaited or delivery.door.lane > self.turns.last:
             return False
         try:
             enter_task(self._loop, task)

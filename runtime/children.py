@@ -124,6 +124,14 @@ class Children:
         self._note_exit(member, why)
         self._failed([member], why)
 
+    def restart(self, name: str, why: Exit) -> None:
+        """Stops a member in good order and starts it again, with those that share its fate. It counts as no failure.
+        Raises ValueError if it is never restarted."""
+        if self._closed:
+            raise ValueError("the system is stopping")
+        self.supervisor.restart(name, why, self._loop.time())
+        self._soon()
+
     def node_died(self, node: str, why: Exit) -> list[Member]:
         """All that lived there have ended. Returns them: the caller tells everybody."""
         residents = [member for member in self.table.values() if member.node == node]

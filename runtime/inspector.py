@@ -18,31 +18,37 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import orjson
 
 from .errors import InspectError, LaunchError
+from .mailbox import Lane
 from .node import Node
+from .repl.look import exposed, look, names
 from .stacks import own_stacks
 
-Question = Literal["ping", "stacks", "tasks", "waits", "actors", "counters", "dead_letters"]
+Question = Literal[
+    "ping", "stacks", "tasks", "waits", "actors", "counters", "dead_letters", "peek", "names", "exposed", "interrupt"
+]  # fmt: skip
 
 ANSWER_S = 1.0
 """Time that a client may hold up the thread."""
 
-MAX_REQUEST_BYTES = 1024
+MAX_REQUEST_BYTES = 8192
 MAX_ANSWER_BYTES = 8 << 20
 MAX_TRIES = 100
 
 T = TypeVar("T")
 
 
-def inspect_node(path: str, ask: Question, timeout_s: float = 2.0) -> Any:
+def inspect_node(path: str, ask: Question, timeout_s: float = 2.0, **details: str) -> Any:
     """Asks the inspector at the socket `path`; blocks for up to `timeout_s`. Plain values:
 
     ping: key, pid and unix time; stacks: text, all threads; tasks: where each task of the loop waits; waits: who waits
-    for whom (node.py); actors: their queues and what they work on; counters and dead_letters of the node.
+    for whom (node.py); actors: their queues and what they work on; counters and dead_letters of the node; what a REPL
+    asks: peek and names (`actor`, `at` a path), exposed, interrupt (`session`).
     Raises InspectError: nobody answers, or the question is not known.
     """
     end = time.monotonic() + timeout_s
@@ -52,7 +58,7 @@ def inspect_node(path: str, ask: Question, timeout_s: float = 2.0) -> Any:
             client.settimeout(timeout_s)
             with _short(path) as name:
                 client.connect(name)
-            client.sendall(orjson.dumps({"ask": ask}) + b"\n")
+            client.sendall(orjson.dumps({"ask": ask, **details}) + b"\n")
             while len(data) <= MAX_ANSWER_BYTES:
                 client.settimeout(max(0.001, end - time.monotonic()))
                 if not (part := client.recv(1 << 16)):
@@ -82,7 +88,7 @@ class Inspector:
         self._node = node
         self._loop = asyncio.get_running_loop()
         self._closed = False
-        self._questions: dict[str, Callable[[], Any]] = {
+        self._questions: dict[str, Callable[..., Any]] = {
             "ping": lambda: {"key": node.key, "pid": os.getpid(), "time": time.time()},
             "stacks": own_stacks,
             "tasks": lambda: tasks_of(self._loop),
@@ -90,6 +96,8 @@ class Inspector:
             "actors": lambda: actors_of(node),
             "counters": lambda: dict(node.counters),
             "dead_letters": lambda: list(node.dead_letters),
+            "peek": partial(look, node), "names": partial(names, node), "exposed": partial(exposed, node),
+            "interrupt": partial(interrupt, node),
         }
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -136,8 +144,9 @@ class Inspector:
 
     def _reply(self, data: bytes) -> bytes:
         try:
-            ask = orjson.loads(data)["ask"]
-            question = self._questions[ask]
+            details = orjson.loads(data)
+            ask = details.pop("ask")
+            question = partial(self._questions[ask], **details)
         except (orjson.JSONDecodeError, KeyError, TypeError):
             return orjson.dumps({"error": f"no such question; there are {', '.join(self._questions)}"})
         try:
@@ -169,6 +178,12 @@ def steady(read: Callable[[], T]) -> T:
     return read()
 
 
+def interrupt(node: Node, session: str) -> bool:
+    """Ends what the REPL evaluates here, be it an endless loop; False if it is not computing."""
+    region = node.regions.get(session)
+    return region is not None and region.interrupt("interrupted by its user")
+
+
 def actors_of(node: Node) -> list[dict[str, Any]]:
     """One row per actor here: name, class, incarnation, messages that wait, methods that run."""
     return [
@@ -176,6 +191,7 @@ def actors_of(node: Node) -> list[dict[str, Any]]:
             "name": name, "class": type(cell.actor).__name__, "incarnation": cell.incarnation,
             "waiting": len(cell.turns) + len(cell.overlapping),
             "running": [delivery.door.method for delivery in cell.at_work()],
+            "capacity": cell.actor.mailbox_capacity, "paused": cell.turns.last < Lane.BULK,
         }
         for name, cell in list(node.cells.items())
     ]  # fmt: skip

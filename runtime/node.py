@@ -27,10 +27,10 @@ import asyncio
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,6 +50,10 @@ from .routes import Route, Routes, blame, not_connected
 from .transport import TransportFactory
 from .waits import Pending, PendingStream, Waits
 from .zmq_transport import ZmqTransport
+
+if TYPE_CHECKING:
+    from .actor import Actor
+    from .repl.interrupt import Region
 
 AT_ONCE_S = 0.002
 """For so long the messages that came together are handled as they are read; the rest of them waits for its turn."""
@@ -79,6 +83,10 @@ class Node:
         """See the module's docstring."""
         self.routes = Routes(key, self.directory)
         self.waits = Waits(lambda name: self.directory.get(name).state, self._overdue)
+        self.exposed: dict[str, tuple[Actor, Any]] = {}
+        """What actors here show to REPLs by name; see Actor.expose."""
+        self.regions: dict[str, Region] = {}
+        """Code of REPLs that may be interrupted, by session."""
         self._events = events
         self._fenced: set[str] = set()
         self._doors = Doors(key, self.cells)
@@ -128,6 +136,19 @@ class Node:
                 f"{name}: {window.under_way} messages from here wait there; slow down, or call, which waits"
             )
         self._transmit(Kind.CAST, id, route, inf, args, kwargs)
+
+    async def visit(self, cell: Cell, work: Callable[[], Any], what: str, own_s: float) -> Any:
+        """Has `work` done as a message of an actor here that takes its turn, in the system lane: after the message at
+        work, before all that wait. Returns or raises what it does; given up after `own_s`."""
+        door = Door(self.key, cell.name, what, Lane.SYSTEM, cell.incarnation)
+        cell.admit(door, work)
+        pending = self.waits.begin(Pending, cell.name, what, own_s)
+        try:
+            self._hand_over(Kind.CALL, pending, door, (), {}, 0)
+            return await pending.future
+        except asyncio.CancelledError:
+            self._withdraw(pending)
+            raise
 
     async def stream(
         self, name: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -37,6 +37,9 @@ HELLO_S = 30.0
 STOP_NODE_S = 8.0
 """Time a node may take to stop its actors and end."""
 
+STACKS_S = 0.5
+"""Time for a process to tell its stacks by itself; then it is made to write them."""
+
 TERMINATE_S = 1.0
 """Time a process may take to end by a signal."""
 
@@ -121,7 +124,7 @@ class Nodes:
         if process is None or process.exited.done():
             return "[no stacks: the process does not run]"
         try:
-            return str(await asyncio.to_thread(inspect_node, self.inspector_of(name), "stacks", 1.0))
+            return str(await asyncio.to_thread(inspect_node, self.inspector_of(name), "stacks", STACKS_S))
         except InspectError:
             return await asyncio.to_thread(dump, process.pid, process.log)
 

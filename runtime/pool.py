@@ -54,6 +54,11 @@ class SamplePool(Actor):
         """What chooses the entries of a lease."""
         return in_key_order
 
+    def follow(self, policy: Policy) -> None:
+        """From now on this chooses, also for the leases that wait."""
+        self._pool.policy = policy
+        self._notify()
+
     def journal_path(self) -> str:
         """Where the journal is kept; "" for nowhere."""
         return self.journal

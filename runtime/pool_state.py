@@ -57,7 +57,8 @@ class Pool:
         """Replays `journal`, whose leases then run anew for `lease_s` seconds. Raises JournalError if it is damaged."""
         self.capacity = capacity
         """Entries held at most, waiting or leased; expected ones have their place reserved."""
-        self._policy = policy
+        self.policy = policy
+        """Chooses the entries of a lease."""
         self._journal = journal
         self._lease_s = lease_s
         self._clock = clock
@@ -114,7 +115,7 @@ class Pool:
         lent = [self._entries[id] for loan in self._loans.values() if loan.version == version for id in loan.ids]
         waiting = [entry for id, entry in self._entries.items() if id not in self._lent]
         view = View(waiting=waiting, leased=lent, pending=self._pending, version=version, count=count)
-        return self._policy(view)
+        return self.policy(view)
 
     def lease(self, count: int, version: int, holder: str = "", at_least: int | None = None) -> Lease | None:
         """Lends up to `count` entries, chosen by the policy; None if it grants fewer than `at_least` (default: all)."""

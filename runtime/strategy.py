@@ -195,6 +195,17 @@ class Supervisor:
             if undecided and self.error is None:
                 self._members_failed(group, undecided, why, now)
 
+    def restart(self, name: str, why: Exit, now: float) -> None:
+        """Somebody wants a child restarted: it, and those that share its fate; no budget counts it. Raises ValueError
+        if it is of those that are never restarted."""
+        child = self.children[name]
+        if child.policy.restart == "temporary":
+            raise ValueError(f"{name} is temporary: once it has stopped it is not started again")
+        if child.group.strategy == "one_for_one":
+            self._again([child], why, now)
+        else:
+            self._again(_sharing_fate(child.group, child), why, now, child.group)
+
     def waiting(self, now: float) -> list[tuple[str, str, float]]:
         """Those that shall start and may not yet: name, why not, seconds until it is looked at again."""
         rows = []

@@ -46,6 +46,9 @@ from .node import Node
 from .nodes import ROOT, STOP_NODE_S, HostedNode, Nodes
 from .ref import Ref
 from .remote import RemoteNodes
+from .repl.desk import Desk
+from .repl.door import Door
+from .repl.live import LiveSettings
 from .root import Root
 from .rundir import RunDirectory, claim
 from .strategy import Group, Strategy, Supervisor
@@ -68,8 +71,9 @@ class System:
         listen: str = "127.0.0.1:0",
         heartbeats: HeartbeatPolicy | None = None,
     ) -> None:
-        """`run_dir`: where events.jsonl and logs/ go; None for a temporary one. A path is claimed: entering raises
-        DirectoryInUse if another system works there; a RunDirectory has been claimed already. `nodes`: specs of nodes
+        """`run_dir`: where events.jsonl and logs/ go, and `bin/attach` finds the system; None for a temporary one. A
+        path is claimed: entering raises DirectoryInUse if another system works there; a RunDirectory has been claimed
+        already. `nodes`: specs of nodes
         that need more than a name; others are made as actors ask for them. `max_state_bytes`: for all snapshots of
         actors together. `arena_bytes`: what each node may lend to others on its host, as shared memory for large
         arrays; it takes what it needs and keeps it, warm. 0: none.
@@ -90,6 +94,9 @@ class System:
         self._snapshots = Snapshots(max_state_bytes)
         self._nodes: Nodes
         self._children: Children
+        self._door: Door | None = None
+        self.live: LiveSettings
+        """Settings that may be changed while the system runs."""
         self._claim = -1
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped: asyncio.Task[None] | None = None
@@ -131,6 +138,7 @@ class System:
             self._claim = -1
 
     async def _open_root(self) -> None:
+        kept = None if self._given_dir is None else self.run_dir
         self.node = Node(f"{ROOT}#1", f"ipc://{self._scratch}/{ROOT}-1", self.events, arena_bytes=self._arena_bytes)
         status = Status(name="$root", node=self.node.key, state="up", incarnation=1, **interface_of(Root))
         self._remote = RemoteNodes(
@@ -152,6 +160,9 @@ class System:
         for host, name in ((self._agent, f"$node@{ROOT}"), (root, "$root")):
             await self._agent.host(self.node, host, name, 1).up
         self._nodes.publish(status, agent_status(self.node.key))
+        self.live = LiveSettings(None if kept is None else kept / "settings.json", self.node, self.events)
+        if kept is not None:
+            self._door = Door(Desk(self, self._nodes, self._children, self.live), kept, self._scratch)
 
     async def __aexit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
         await self.stop("orderly stop" if error is None else f"{type(error).__name__}: {error}")
@@ -202,6 +213,7 @@ class System:
         # A name that was in use goes on counting: nothing of the earlier actor may be taken for the new one's.
         last = self.node.directory.last_incarnation(name)
         self._snapshots.forget(name)
+        actor = self.live.applied(actor)
         await self._children.spawn(Member(name, actor, node, policy or group.policy, group.name, last))
         return self.find(name)
 
@@ -275,6 +287,8 @@ class System:
             patience = STOP_NODE_S if patience_s is None else patience_s
             if not await drain_nodes(self.node, self._nodes.names(), patience):
                 self.events.write("drain_late", reason=f"the actors had not finished their work after {patience:g} s")
+        if self._door is not None:
+            await self._door.close()
         self._children.close()
         tasks = list(self._tasks)
         for task in tasks:

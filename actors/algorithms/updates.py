@@ -49,6 +49,10 @@ class PolicyUpdate:
     advantages: list[np.ndarray | None]
     """For each judged response, in the order of groups and members: float32 [n], or None if it takes no part."""
     objective: Objective
+    learning_rate: float = 0.0
+    """AdamW's, before warm-up and decay; Muon's changes in the same ratio. 0: as configured."""
+    temperature: float = 0.0
+    """Of the policy that is trained; 0: as configured."""
 
 
 @wire

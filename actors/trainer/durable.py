@@ -24,6 +24,7 @@ from ..algorithms.batch import Batch, Tokens
 from ..algorithms.updates import Objective, PolicyUpdate, ValueUpdate
 from ..patience import patiently
 from ..run_state import RunState
+from .settings import RlSettings
 
 T = TypeVar("T")
 U = TypeVar("U", PolicyUpdate, ValueUpdate)
@@ -71,6 +72,12 @@ class _Durable(Generic[U]):
 class DurableTrainer(_Durable[PolicyUpdate]):
     """The policy of an algorithm. It moves `state` on, so the two never disagree."""
 
+    def __init__(self, actor: Ref | WorkerGroup, state: RunState, rl: RlSettings | None = None) -> None:
+        super().__init__(actor, state)
+        self.rl = rl
+        """Its learning rate and temperature go with every update, as they are then: they may change, and an update that
+        is shown again is the same. None: as the trainer was configured."""
+
     async def warm_up(self, until: int) -> Metrics:
         """Warm-up up to step `until`; returns the metrics of that step."""
         async with self._lock:
@@ -84,7 +91,10 @@ class DurableTrainer(_Durable[PolicyUpdate]):
         """The next RL step; see Policy."""
         batch.check(advantages, "advantages")
         given = [None if row is None else row.astype(np.float32, copy=False) for row in advantages]
-        update = PolicyUpdate(groups=batch.groups, advantages=given, objective=objective or Objective())
+        update = PolicyUpdate(
+            groups=batch.groups, advantages=given, objective=objective or Objective(),
+            **({} if self.rl is None else {"learning_rate": self.rl.learning_rate, "temperature": self.rl.temperature}),
+        )  # fmt: skip
         async with self._lock:
             self._since_checkpoint.append((self._state.rl_steps + 1, update))
             metrics = await patiently(self._catch_up)
@@ -92,10 +102,10 @@ class DurableTrainer(_Durable[PolicyUpdate]):
             self._state.version += 1
         return metrics
 
-    async def publish(self) -> Manifest:
-        """The newest version, laid out for rollout."""
+    async def publish(self, keep: dict[int, list[str]] | None = None) -> Manifest:
+        """The newest version, laid out for rollout; what is in `keep`, and who needs it, stays."""
         async with self._lock:
-            manifest: Manifest = await self._ask(lambda: self._actor.publish(self._state.version))
+            manifest: Manifest = await self._ask(lambda: self._actor.publish(self._state.version, keep))
         return manifest
 
     async def checkpoint(self, name: str, files: dict[str, bytes], parts: dict[str, str]) -> str:

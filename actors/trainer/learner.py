@@ -40,6 +40,7 @@ class Learner:
         self._ranks = ranks
         self._sft = sft
         self._rl = rl
+        self._temperature = rl.temperature
         self._model = Qwen3Moe(config, seed=seed)
         self.expert_load = np.zeros((config.num_layers, config.num_experts), np.int64)
         """Pairs of each expert in the last RL step of this learner; zeros before it."""
@@ -75,9 +76,11 @@ class Learner:
         corrected, and FloatingPointError: see Updater.update.
         """
         check_lengths(update.groups, self._config.max_positions)
-        loss = _Surrogate(update.objective, self._rl.temperature, self._rl.correction, self._rl.truncation)
+        self._temperature = update.temperature or self._rl.temperature
+        loss = _Surrogate(update.objective, self._temperature, self._rl.correction, self._rl.truncation)
         if self._stage != "rl":
             self._enter("rl")
+        self._updater.rate = update.learning_rate / self._rl.learning_rate if update.learning_rate else 1.0
         tally = Tally(self._ranks)
         groups = rated(update.groups, update.advantages)
         parts = np.array_split(np.arange(len(groups)), self._rl.mini_batches)
@@ -117,7 +120,7 @@ class Learner:
         for part in self._ranks.micro_batches([s.num_inputs for s in samples], self._rl.micro_batch_tokens):
             batch = collate([samples[i] for i in part])
             out = self._model(batch.tokens, batch.positions, batch.lengths)
-            log_softmax = _log_softmax(self._model.logits(out.hidden[batch.rows]), self._rl.temperature)
+            log_softmax = _log_softmax(self._model.logits(out.hidden[batch.rows]), self._temperature)
             rows = log_softmax.gather(1, batch.targets.unsqueeze(1)).squeeze(1).split(batch.sizes)
             for i, row in zip(part, rows, strict=True):
                 samples[i] = samples[i]._replace(proximal=row.numpy())

@@ -33,6 +33,8 @@ class Updater:
         self.model = model
         self.ranks = ranks
         self.step = 0
+        self.rate = 1.0
+        """Factor of the learning rates; whoever updates sets it."""
         self._settings = settings
         self._schedule = schedule
         self._skipped_in_row = 0
@@ -47,7 +49,7 @@ class Updater:
     @property
     def learning_rate(self) -> float:
         """AdamW's, at this step."""
-        return self._settings.learning_rate * self._schedule.scale(self.step)
+        return self._settings.learning_rate * self.rate * self._schedule.scale(self.step)
 
     def update(self, samples: Sequence[Sample], loss_of: Loss, tally: Tally) -> None:
         """One optimizer step on all `samples`, of which each rank works on its share. The loss divides by the counts of
@@ -72,7 +74,7 @@ class Updater:
             )
         self.ranks.sum_gradients(self.model.parameters())
         try:
-            norm = self._optimizer.step(self._schedule.scale(self.step))
+            norm = self._optimizer.step(self.rate * self._schedule.scale(self.step))
         except FloatingPointError as error:
             self._skip(error, last.item())
             tally.add_skipped()

@@ -50,7 +50,7 @@ def pack(
     end = HEADER_BYTES + bucket.nbytes
     payload = out[HEADER_BYTES:end]
     for row in range(bucket.first, bucket.last):
-        box, dtype = _box(schedule, arrays, row, sending=True)
+        box, dtype = box_of(schedule, arrays, row, sending=True)
         target = payload[schedule.offset[row] :]
         if schedule.quantized(row):
             _quantize(
@@ -90,7 +90,7 @@ def unpack(
             "its checksum; send the version again"
         )
     for row in range(bucket.first, bucket.last):
-        box, dtype = _box(schedule, arrays, row, sending=False)
+        box, dtype = box_of(schedule, arrays, row, sending=False)
         source = payload[schedule.offset[row] :]
         if schedule.quantized(row):
             _dequantize(source, dtype, box)
@@ -107,7 +107,7 @@ def copy_local(schedule: Schedule, source: Arrays, dest: Arrays) -> None:
         )
 
 
-def _box(schedule: Schedule, arrays: Arrays, row: int, *, sending: bool) -> tuple[np.ndarray, str]:
+def box_of(schedule: Schedule, arrays: Arrays, row: int, *, sending: bool) -> tuple[np.ndarray, str]:
     """The part of an array that row `row` of the schedule means, and its dtype."""
     moves, plan = schedule.moves, schedule.plan
     held = (plan.source.held[moves.source_held[row]]) if sending else plan.dest.held[moves.dest_held[row]]

@@ -1,0 +1,62 @@
+"""What became of the last groups: who generated which tokens with which version, what was judged, why they were
+trained, kept or dropped. Beside the pool's own record (runtime/pool.py), which does not know what a group is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..types import Group, Trajectory
+
+NUM_KEPT = 1024
+"""Groups that are remembered; about 1 KB each."""
+
+Event = dict[str, Any]
+
+
+class Stories:
+    """By ordinal, the newest last."""
+
+    def __init__(self) -> None:
+        self._told: dict[int, list[Event]] = {}
+
+    def tell(self, group: Group, event: str, **why: Any) -> None:
+        """The group has come to an end of its way, or to a station of it."""
+        story = self._told.setdefault(group.prompt.ordinal, [])
+        story += [{"time": round(time.time(), 3), "event": event, **why}, *described(group)]
+        while len(self._told) > NUM_KEPT:
+            del self._told[next(iter(self._told))]
+
+    def of(self, ordinal: int) -> list[Event]:
+        """Oldest first; empty if it is not known, or forgotten."""
+        return list(self._told.get(ordinal, ()))
+
+
+def described(group: Group) -> list[Event]:
+    """One event per response."""
+    return [_response(trajectory) for trajectory in group.trajectories]
+
+
+def _response(trajectory: Trajectory) -> Event:
+    origins = [s.origin for s in trajectory.segments if s.origin is not None]
+    event: Event = {
+        "event": f"response {trajectory.member}",
+        "tokens": ", ".join(f"{len(s.tokens)} by version {s.version}" for s in trajectory.segments) or 0,
+        "finish": trajectory.finish or "unfinished",
+    }
+    if origins:
+        event["workers"] = _in_order([o.worker for o in origins])
+        event["engine"] = _in_order([f"{o.engine} seed={o.seed} {o.precision}" for o in origins])
+        event["temperature"] = origins[-1].sampling.temperature
+    if trajectory.refusal:
+        event["refusal"] = trajectory.refusal
+    if trajectory.verdict is not None:
+        verdict = trajectory.verdict
+        event["verdict"] = verdict.error or ("correct" if verdict.correct else "incorrect")
+        event["reward"] = round(trajectory.reward, 4)
+    return event
+
+
+def _in_order(names: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
