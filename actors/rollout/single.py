@@ -26,6 +26,7 @@ class SingleRunner:
         num_pages: int,
         page_tokens: int,
         routes: bool = False,
+        fixed_shapes: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config = config
