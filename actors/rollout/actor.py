@@ -82,7 +82,7 @@ class Rollout(Worker):
             raise ValueError('base_url is of a server; set engine = "openai", or leave it out')
         self.mesh.check(self.model)
         if self.mesh.size > 1 and self.engine != "headrace":
-            raise ValueError("tp, ep and sp divide our own engine over ranks; a server has settings of its own for that")
+            raise ValueError("tp, ep and sp divide our own engine over ranks; a server has its own settings for that")
         if self.mesh.size > 1 and self.precision.uses_fp8:
             raise ValueError('precision must be "full" on several ranks; leave it out, or set tp, ep and sp to 1')
 
@@ -98,6 +98,8 @@ class Rollout(Worker):
                 f"set ranks = {self.mesh.size}"
             )
         self._armed = asyncio.Event()
+        if self.rank:
+            self._armed.set()  # Whoever asks it is told whom to ask.
         self._backend = self._make_backend()
         await self._backend.open()
 

@@ -20,6 +20,7 @@ from .requests import Chunk, Request
 if TYPE_CHECKING:
     from .actor import Rollout
     from .engine import Engine, Prepared
+    from .runner import Runner
 
     Weights = Prepared | Mapping[str, np.ndarray]
 
@@ -168,7 +169,12 @@ class LocalBackend:
             worker.model, weights, version=version, num_slots=worker.num_slots,
             max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
             eos_id=worker.task.eos_id, seed=worker.run.seed, chunk_tokens=worker.chunk_tokens,
+            runner=self._make_runner(), worker=worker.name,
         )  # fmt: skip
+
+    def _make_runner(self) -> Runner | None:
+        """What the engine computes with; None: what it makes by itself."""
+        return None
 
 
 def _import_torch() -> None:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ....runtime.errors import ActorDied
-from ....runtime.exchange import Manifest, Receiver
+from ....runtime.errors import ActorDied, TransferFailed
+from ....runtime.exchange import Manifest, Receiver, Route, Seat
+from ....runtime.exchange.header import host_id
 from ....runtime.thread import WorkThread
 from ....runtime.worker_group import rank_names
 from ...meeting import meeting_file
@@ -27,10 +28,14 @@ from .lost import RankLost
 
 if TYPE_CHECKING:
     from ..actor import Rollout
+    from ..local import Weights
     from .balance import Balance
     from .link import Link
     from .part import Part
     from .runner import Follower, RanksRunner
+
+PAGE_TOKENS = 16
+"""Of a page of keys and values."""
 
 
 class RanksBackend(LocalBackend):
@@ -44,56 +49,69 @@ class RanksBackend(LocalBackend):
         self._runner: RanksRunner | None = None
         self._balance: Balance | None = None
         self._others = [worker.find(name) for name in rank_names(worker.name, worker.mesh.size)[1:]]
+        self._receiver = Receiver()
+        self._reading = WorkThread(f"{worker.name}:reading")
         self._tickets = 0
 
-    async def load(self, manifest: Manifest) -> None:
+    def seat(self) -> Seat:
+        return Seat(host=host_id(), carriers=("shm",))
+
+    async def load(self, manifest: Manifest, route: Route | None = None) -> None:
         try:
-            await super().load(manifest)
+            await super().load(manifest, route)
         except (RankLost, ActorDied) as error:
             await self._worker.fail(error)
 
     async def close(self) -> None:
         await super().close()
+        self._reading.close()
+        self._receiver.close()
         if self._runner is not None:
             self._runner.close()
         elif self._link is not None:
             self._link.close()
 
-    def _make_runner(self, num_pages: int, page_tokens: int) -> RanksRunner:
+    def _make_runner(self) -> RanksRunner:
+        from ..engine import enough_pages
         from .balance import Balance
         from .runner import RanksRunner
 
         assert self._link is not None
         worker = self._worker
+        num_pages = enough_pages(worker.num_slots, worker.task.max_prompt_tokens, worker.rl.max_new_tokens, PAGE_TOKENS)
         self._balance = Balance(worker.mesh, worker.model) if worker.ep > 1 else None
         self._runner = RanksRunner(
-            self._link, worker.model, num_pages=num_pages, page_tokens=page_tokens, balance=self._balance
+            self._link, worker.model, num_pages=num_pages, page_tokens=PAGE_TOKENS, balance=self._balance
         )
         return self._runner
 
     def stats(self) -> dict[str, Any]:
         return {**super().stats(), "expert_moves": self._balance.moves if self._balance is not None else 0}
 
-    async def _receive(self, manifest: Manifest) -> Mapping[str, np.ndarray]:
-        """The part of this rank; the others have taken theirs, too."""
+    async def _receive(self, manifest: Manifest, route: Route | None) -> Weights:
+        """The part of this rank, prepared; the others have theirs, too."""
         from .part import as_arrays, first_placements
 
+        if route is not None and route.carrier != "shm":
+            raise TransferFailed(f"the ranks of a worker read from the memory of their host, not by {route.carrier!r}")
         self._tickets += 1
         ticket, worker = self._tickets, self._worker
-        placements = (self._runner and self._runner.placements) or first_placements(worker.mesh, worker.model)
+        placements = self._runner.placements if self._runner else first_placements(worker.mesh, worker.model)
         experts = as_arrays(placements)
-        parts = [self._own(manifest, ticket, experts)]
+        parts: list[Awaitable[Any]] = [self._own(manifest, ticket, experts)]
         parts += [other.take_part(manifest, ticket, experts) for other in self._others]
         own, *_ = await _all(parts)
-        return own  # type: ignore[no-any-return]
+        return await self._intake.prepare(manifest.version, own)
+
+    def _prepare(self, version: int, tensors: Mapping[str, np.ndarray]) -> Weights:
+        return tensors if self._engine is None else super()._prepare(version, tensors)
 
     async def _own(self, manifest: Manifest, ticket: int, experts: np.ndarray) -> Part:
         if self._met is None:
             self._met = asyncio.get_running_loop().create_future()
             self._worker.background(self._meet(self._met), name="meet")
         await asyncio.shield(self._met)  # It is done once, whoever asked for these weights.
-        part: Part = await self._worker.in_thread(_read, self._worker, self._receiver, manifest, ticket, experts)
-        return part
+        return await self._reading.run(_read, self._worker, self._receiver, manifest, ticket, experts)
 
     async def _meet(self, met: asyncio.Future[None]) -> None:
         self._link = await self._worker.in_thread(_meet, self._worker, self._meeting)
@@ -128,7 +146,10 @@ class FollowerBackend:
         part = await self._weights.run(_read, self._worker, self._receiver, manifest, ticket, experts)
         await self._weights.run(follower.take, part)
 
-    async def load(self, manifest: Manifest) -> None:
+    def seat(self) -> Seat:
+        self._refuse()
+
+    async def load(self, manifest: Manifest, route: Route | None = None) -> None:
         self._refuse()
 
     def check(self, request: Request) -> None:
