@@ -192,7 +192,7 @@ def test_quantized_tensors_come_within_the_error_of_e4m3(dtype: str) -> None:
 def test_what_is_not_finite_is_not_sent(bad: float, quantized: tuple[str, ...]) -> None:
     values = np.ones((4, 8), np.float32)
     values[2, 3] = bad
-    with pytest.raises(BadWeights, match="w of version 7.* 1 .*not finite"):
+    with pytest.raises(BadWeights, match=r"w of version 7.* 1 .*not finite"):
         packed(one_tensor("bfloat16", (4, 8)), fp8.from_float(values, "bfloat16"), quantized=quantized)
 
 

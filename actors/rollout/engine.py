@@ -155,6 +155,11 @@ class Engine:
     def stats(self) -> EngineStats:
         return self._stats
 
+    def kv_use(self) -> tuple[int, int]:
+        """Distinct tokens whose keys and values are held, and how many the pages in use have room for."""
+        room = self._scheduler.num_used_pages * self._runner.page_tokens
+        return room - self._scheduler.num_empty, room
+
     @property
     def scheduler(self) -> Scheduler:
         """Its counts are worth a look: pages in use, places wasted, preemptions, the cap."""
@@ -225,6 +230,14 @@ class Engine:
         self._runner.load(prepared.weights)
         self._version = prepared.version
         self._scheduler.forget_computed()
+
+    def now_in(self, precision: str) -> None:
+        """Says, for the record, what precision later tokens are computed in."""
+        self._outbox = self.flush()
+        self._precision = precision
+        for opened in self._open.values():
+            opened.origin = replace(opened.origin, precision=precision)
+        self._slots.tell_origin()
 
     @torch.inference_mode()
     def step(self) -> list[Chunk]:

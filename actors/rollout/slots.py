@@ -225,6 +225,10 @@ class Slots:
             origin=origin if first else None,
         )
 
+    def tell_origin(self) -> None:
+        """The next chunk of each response says where it comes from."""
+        self._begun[: self.num_live] = False
+
     def response(self, slot: int) -> tuple[int, int, np.ndarray]:
         """Key, member and all tokens (int32 [n]) of a response."""
         return int(self._key[slot]), int(self._member[slot]), self._tokens[self._row[slot], : self._length[slot]].copy()

@@ -61,15 +61,15 @@ def _measure(folded: bool) -> dict[str, float]:
     parameters = sum(whole.nbytes for whole in source.wholes.values()) // 2
     assert parameters == PARAMETERS, parameters
     assert (traffic.received == dest.nbytes()).all(), "a rank gets more or less than it holds"
+    largest = max(int(side.nbytes().max()) for side in (source, dest))
     return {
         "plan_s": spent,
         "plan_parameters_count": parameters,
         "plan_sent_bytes": int(traffic.sent.sum()),
         "plan_sent_over_needed_ratio": int(traffic.sent.sum()) / int(dest.nbytes().sum()),
         "plan_sent_twice_count": sum(_twice(plan, rank) for rank in sample[1].tolist()),
-        "plan_peak_buckets_ratio": max(schedule.peak_bytes() for schedule in schedules) / BUCKET_BYTES,
-        "plan_largest_rank_of_model_ratio": max(side.nbytes().max() for side in (source, dest))
-        / dest.nbytes()[:8].sum(),
+        "plan_peak_buckets_ratio": float(max(schedule.peak_bytes() for schedule in schedules) / BUCKET_BYTES),
+        "plan_largest_rank_of_model_ratio": largest / (2 * parameters),
         "plan_busiest_sender_over_mean_ratio": float(traffic.sent.max() / traffic.sent.mean()),
     }
 

@@ -27,6 +27,8 @@ SHM_BARS = [
 
 TENSORS = 300
 RECEIVERS = 2
+WARM_UP = 2
+"""Both sides have two buffers, in turn."""
 
 
 def some_tensors(nbytes: int, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -52,10 +54,10 @@ async def measure_shm(nbytes: int, rounds: int, say: Say) -> dict[str, float]:
             await asyncio.gather(*(member.prepare(manifest) for member in members))
             say(f"{model >> 20} MiB in {len(tensors)} tensors, {RECEIVERS} receivers are up")
             times: dict[str, list[float]] = {"publish": [], "memcpy": [], "lay_out": [], "fetch": []}
-            for turn in range(rounds + 1):
+            for turn in range(-WARM_UP, rounds):
                 spent = await _memcpys(publisher, manifest, tensors, members)
-                laid, fetched = await _publish(publisher, 2 + turn, tensors, members)
-                if turn:
+                laid, fetched = await _publish(publisher, 2 + WARM_UP + turn, tensors, members)
+                if turn >= 0:
                     for name, value in zip(times, (laid + fetched, spent, laid, fetched), strict=True):
                         times[name].append(value)
                 manifest = publisher.manifest or manifest

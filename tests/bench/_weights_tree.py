@@ -28,6 +28,8 @@ TREE_BARS = [Bar("tree_over_raw_zmq_ratio", ">=", 0.8)]
 LOOPBACK = "tcp://127.0.0.1:0"
 AHEAD = 8
 """Chunks that wait in a raw socket."""
+WARM_UP = 2
+"""A receiver has two payloads, in turn."""
 
 
 async def measure_tree(nbytes: int, rounds: int, say: Say) -> dict[str, float]:
@@ -41,13 +43,13 @@ async def measure_tree(nbytes: int, rounds: int, say: Say) -> dict[str, float]:
         try:
             addresses = [source.address, *[await member.listen(LOOPBACK) for member in members]]
             times: dict[str, list[float]] = {"raw": [], "tree": []}
-            for turn in range(rounds + 1):
-                manifest = publisher.publish(2 + turn, tensors, bfloat16=tensors)
+            for turn in range(-WARM_UP, rounds):
+                manifest = publisher.publish(2 + WARM_UP + turn, tensors, bfloat16=tensors)
                 raw = await _raw(publisher, manifest.generation, manifest.incarnation, members)
                 began = time.perf_counter()
                 routes = [Route(carrier="tree", rank=r, sources=sources_of(r, addresses)) for r in (1, 2)]
                 await asyncio.gather(*(m.fetch(manifest, r) for m, r in zip(members, routes, strict=True)))
-                if turn:
+                if turn >= 0:
                     times["raw"].append(raw)
                     times["tree"].append(time.perf_counter() - began)
         finally:
