@@ -22,6 +22,7 @@ import numpy as np
 from ..errors import BadWeights, TransferFailed
 from ..thread import WorkThread
 from .carrier import Sink
+from .fp8 import restore
 from .header import Manifest, Route, Seat, host_id
 from .shm import Receiver
 
@@ -110,9 +111,9 @@ class Intake(Generic[T]):
         _give_way()
         if route.carrier == "shm":
             with self._receiver.hold(manifest) as tensors:
-                return self._prepare(manifest.version, tensors)
+                return self._prepare(manifest.version, restore(tensors))
         tensors = self._sinks[route.carrier].receive(manifest, route)
-        return self._prepare(manifest.version, tensors)
+        return self._prepare(manifest.version, restore(tensors))
 
 
 def _give_way() -> None:
