@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...runtime.exchange import Intake, Manifest, Route, Seat
+from ...runtime.exchange.intake import tree_sinks
 from .requests import Chunk, Request
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class LocalBackend:
         # A stream's queue is bounded by the tokens that its requests may ask for.
         self._streams: dict[int, asyncio.Queue[list[Chunk]]] = {}
         self._engine: Engine | None = None
-        self._intake: Intake[Weights] = Intake(self._prepare)
+        self._intake: Intake[Weights] = Intake(self._prepare, tree_sinks(worker))
         self._submitted: list[Request] = []
         self._cancelled: list[int] = []
         self._keys = 0
