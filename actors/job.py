@@ -151,6 +151,7 @@ def _job(document: Document, actors: Mapping[str, Actor | type[Actor]] | None = 
     _check_algorithm(document, job)
     _check_lengths(document, job)
     _check_stream(document, job)
+    _check_weights(document, job)
     return job
 
 
@@ -240,6 +241,20 @@ def _check_lengths(document: Document, job: Job) -> None:
             f"prompts of {job.task.max_prompt_tokens} and responses of {job.rl.max_new_tokens} tokens don't fit into "
             f"[model] max_positions = {positions}; set that to {longest} or more, or this to "
             f"{positions - job.task.max_prompt_tokens} or less",
+        )
+
+
+def _check_weights(document: Document, job: Job) -> None:
+    """Weights as FP8 are for engines of ours that take whole tensors."""
+    trainer, rollout = (job.cluster.actors[role] for role in ("trainer", "rollout"))
+    if not getattr(trainer.instance, "publish_fp8", False):
+        return
+    engine = getattr(rollout.instance, "engine", "headrace")
+    if rollout.ranks > 1 or engine != "headrace":
+        raise document.error(
+            ("actors", "trainer", "publish_fp8"),
+            f"rollout has ranks = {rollout.ranks} and engine = {engine!r}, and FP8 comes only to workers of one rank "
+            'with engine = "headrace"; set one or the other',
         )
 
 
