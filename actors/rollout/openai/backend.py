@@ -15,11 +15,13 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ....runtime.exchange import Manifest, Receiver
+import numpy as np
+
+from ....runtime.exchange import Intake, Manifest, Route, Seat
 from ...philox import Stream, uniforms
 from ..requests import Chunk, Request, check_request
 from .answer import Answer
@@ -46,7 +48,7 @@ class OpenAiBackend:
         folder = Path(settings.weights_folder or worker.run.path / "weights" / (worker.name or "rollout"))
         self._weights = ServerWeights(self._client, settings, folder.absolute())
         self._server = Server(self._client, self._weights, settings, worker.log)
-        self._receiver = Receiver()
+        self._intake: Intake[None] = Intake(self._write)
         self._receiving = asyncio.Lock()
         self._room = asyncio.Semaphore(settings.max_requests)
         self._num_answers = 0
@@ -62,15 +64,18 @@ class OpenAiBackend:
     async def close(self) -> None:
         await self._server.close()
         await self._client.close()
-        self._receiver.close()
+        self._intake.close()
 
-    async def load(self, manifest: Manifest) -> None:
+    def seat(self) -> Seat:
+        return self._intake.seat()
+
+    async def load(self, manifest: Manifest, route: Route | None = None) -> None:
         """Raises RuntimeError if the server does not take it, or is one whose weights are fixed."""
         async with self._receiving:
             if self._settings.weights == "fixed":
                 self._fix(manifest.version)
                 return
-            await self._worker.in_thread(self._write, manifest)
+            await self._intake.load(manifest, route)
             try:
                 await self._server.load(manifest.version)
             except Fault as fault:
@@ -85,9 +90,9 @@ class OpenAiBackend:
             )
         self._server.fix(version)
 
-    def _write(self, manifest: Manifest) -> None:
-        """On the actor's thread, while the server generates."""
-        self._weights.write(self._worker.model, self._receiver.receive(manifest))
+    def _write(self, version: int, tensors: Mapping[str, np.ndarray]) -> None:
+        """On the weights' thread, while the server generates."""
+        self._weights.write(self._worker.model, tensors)
 
     def check(self, request: Request) -> None:
         """Raises ValueError also where the server's log-probabilities would be of another temperature."""
