@@ -13,19 +13,28 @@ import os
 import random
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from headrace.benchmark import Bar
 from headrace.runtime import Actor, Lane, Ref, RestartPolicy, System, message, timeout
 from headrace.runtime.errors import RuntimeFault
 from headrace.runtime.exchange import Exchange, Intake, Manifest, Patience, Publisher, Route, Seat
 from headrace.runtime.exchange.header import checksum
 from headrace.runtime.exchange.intake import place_of, tree_sinks
 from headrace.runtime.exchange.tree import TreeSink
+
+FAULT_BARS = [
+    Bar("fault_trials_count", ">=", 100),
+    Bar("fault_hangs_count", "<=", 0),
+    Bar("fault_mixed_versions_count", "<=", 0),
+    Bar("fault_versions_lost_count", "<=", 0),
+    Bar("fault_survivors_whole_s", "<=", 1.0),
+]
 
 NUM_TENSORS = 12
 TENSOR_WORDS = 1 << 20
@@ -239,3 +248,19 @@ def fault_trials(number: int, seed: int) -> dict[str, Any]:
     """`number` trials; see Counts for what is counted."""
     counts = asyncio.run(_trials(number, seed))
     return {field: getattr(counts, field) for field in counts.__dataclass_fields__}
+
+
+async def measure_faults(trials: int, say: Callable[[str], None], seed: int = 0) -> dict[str, float]:
+    """The figures of FAULT_BARS."""
+    counts = await _trials(trials, seed)
+    say(f"faults: {', '.join(f'{count} {name}' for name, count in sorted((counts.faults or {}).items()))}")
+    for stuck in counts.stuck or []:
+        say(f"a trial hung: {stuck}")
+    return {
+        "fault_trials_count": counts.trials,
+        "fault_hangs_count": counts.hangs,
+        "fault_mixed_versions_count": counts.mixed,
+        "fault_versions_lost_count": counts.went_back,
+        "fault_survivors_whole_s": counts.slowest_s,
+        "fault_audits_count": counts.audits,
+    }
