@@ -16,7 +16,7 @@ import asyncio
 from collections.abc import Callable
 
 from _weights_decode import DECODE_BARS, measure_decode
-from _weights_faults import fault_trials
+from _weights_faults import FAULT_BARS, measure_faults
 from _weights_plan import PLAN_BARS, measure_plan
 from _weights_shm import SHM_BARS, measure_shm
 from _weights_tree import TREE_BARS, measure_tree
@@ -25,39 +25,15 @@ from headrace.benchmark import Bar, Figures, Say
 
 EXAMPLE = "bin/bench weights --mib 256 --trials 10 --json weights.json"
 
-FAULT_BARS = [
-    Bar("fault_trials_count", ">=", 100),
-    Bar("fault_hangs_count", "<=", 0),
-    Bar("fault_mixed_versions_count", "<=", 0),
-    Bar("fault_went_back_count", "<=", 0),
-    Bar("fault_survivors_late_count", "<=", 0),
-    Bar("fault_slowest_survivor_s", "<=", 1.0),
-]
-
 BARS: list[Bar] = [*SHM_BARS, *TREE_BARS, *DECODE_BARS, *FAULT_BARS, *PLAN_BARS]
 
 SECTIONS: dict[str, Callable[[argparse.Namespace, Say], Figures]] = {
     "shm": lambda options, say: asyncio.run(measure_shm(options.mib << 20, options.rounds, say)),
     "tree": lambda options, say: asyncio.run(measure_tree(options.mib << 20, options.rounds, say)),
     "decode": lambda options, say: asyncio.run(measure_decode(options.mib << 20, options.rounds, say)),
-    "faults": lambda options, say: measure_faults(options.trials, options.seed, say),
+    "faults": lambda options, say: asyncio.run(measure_faults(options.trials, say, options.seed)),
     "plan": lambda options, say: measure_plan(say),
 }
-
-
-def measure_faults(trials: int, seed: int, say: Say) -> dict[str, float]:
-    """SIGKILL and SIGSTOP of a receiver or the publisher at a random moment of a publish; see _weights_faults.py."""
-    counts = fault_trials(trials, seed)
-    say(", ".join(f"{number} {kind}" for kind, number in sorted(counts["faults"].items())))
-    return {
-        "fault_trials_count": counts["trials"],
-        "fault_hangs_count": counts["hangs"],
-        "fault_mixed_versions_count": counts["mixed"],
-        "fault_audits_count": counts["audits"],
-        "fault_went_back_count": counts["went_back"],
-        "fault_survivors_late_count": counts["late"],
-        "fault_slowest_survivor_s": counts["slowest_s"],
-    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
