@@ -21,6 +21,7 @@ from ..runtime.rundir import RunDirectory, RunSpec, write_atomically
 from ..runtime.toml import ConfigError, Document
 from .algorithms import Algorithm
 from .algorithms.load import load_algorithm, make_algorithm, needs_critic
+from .carriers import carriers, described
 from .data import TASKS, RunningSum, Task
 from .evaluator.settings import EvaluationSettings
 from .model.config import ModelConfig
@@ -84,6 +85,7 @@ class Job:
             f"run {self.run.path}, seed {self.run.seed}: {self.sft.steps} SFT steps, then {self.rl.steps} "
             f"RL steps of {self.rl.algorithm} on {self.rl.groups_per_step} groups of {self.rl.group_size}",
             *(f"  node {node:<{width}}  {actors or '(nothing, not started)'}" for node, actors in homes.items()),
+            *described(carriers(self.cluster, _carrier(self.cluster))),
         ]
         return "\n".join(lines)
 
@@ -154,7 +156,20 @@ def _job(document: Document, actors: Mapping[str, Actor | type[Actor]] | None = 
     _check_ranks(document, job)
     _check_stream(document, job)
     _check_weights(document, job)
+    _check_carrier(document, job)
     return job
+
+
+def _carrier(cluster: ClusterSpec) -> str:
+    """The one that is named for weights, or "auto"."""
+    return str(getattr(cluster.actors["controller"].instance, "carrier", "auto"))
+
+
+def _check_carrier(document: Document, job: Job) -> None:
+    try:
+        carriers(job.cluster, _carrier(job.cluster))
+    except ValueError as error:
+        raise document.error(("actors", "controller", "carrier"), str(error)) from None
 
 
 def _check_roles(document: Document, job: Job) -> None:
