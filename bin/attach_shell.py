@@ -74,7 +74,7 @@ class Shell:
                 made_to_be_shown = isinstance(snippet.value, Text | Rows)
                 print(repr(snippet.value) if made_to_be_shown else show(snippet.value))
             return True
-        except AttachError:
+        except (AttachError, BrokenPipeError):
             raise
         except Exception as error:  # noqa: BLE001 (anything that a user types)
             print(_own_trace(error), end="", file=sys.stderr)
