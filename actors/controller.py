@@ -62,6 +62,9 @@ STATS_S = 2.0
 DRAIN_S = 10.0
 """How long a run that drains waits for an evaluation: a verifier that does not answer must not hold it up."""
 
+SAMPLES_BEHIND = 256
+"""Groups that wait for each reader of samples."""
+
 TRAINER = "trainer"
 """Holder of the leases."""
 
@@ -101,6 +104,7 @@ class Controller(Actor):
         self.telemetry = Telemetry(self.run.path, self.state.stage, self.state.step, self.state.telemetry)
         self.telemetry.begin(self.steps.get(self.state.stage, self.rl.steps))
         self._unbalanced = False
+        self._readers: set[asyncio.Queue[Group]] = set()
         if self._pool_state is not None:
             self.log("resumed", stage=self.state.stage, step=self.state.step)
         self._room, self._draining = asyncio.Event(), asyncio.Event()
@@ -275,6 +279,7 @@ class Controller(Actor):
         failure = await self._generate(group) or await self._judge(group)
         if not failure:
             self.telemetry.judged(group)
+            self._tell_samples(group)
             self.questions.observe(group, mixed=has_signal(group))
         if not failure and (self.state.stage == "value" or self.algorithm.keeps(group)):
             started, num_tokens = group.oldest_version, group.num_tokens
@@ -326,11 +331,10 @@ class Controller(Actor):
 
     async def _publish(self) -> None:
         """Has the trainer lay out its weights as the newest version; rollout takes them while training goes on."""
-        self.rollout.publish(await self.trainer.publish())
+        self.rollout.publish(await self.republish())
 
     async def republish(self) -> Manifest:
-        manifest: Manifest = await self.trainer.publish()
-        return manifest
+        return await self.trainer.publish(self.rollout.needed())
 
     def halted(self, group: Group) -> None:
         if group.prompt.ordinal in self.ledger.running:
@@ -458,6 +462,23 @@ class Controller(Actor):
         if group is None:
             return self.stories.of(ordinal)
         return [{"event": "generated" if group.finished else "generating", "prompt": ordinal}, *described(group)]
+
+    @message(concurrent=True, lane=Lane.CONTROL, deadline_s=3600.0)
+    async def samples(self) -> AsyncIterator[Group]:
+        """Streams judged groups as they come; a reader that is SAMPLES_BEHIND groups behind misses the oldest."""
+        queue: asyncio.Queue[Group] = asyncio.Queue(SAMPLES_BEHIND)
+        self._readers.add(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._readers.discard(queue)
+
+    def _tell_samples(self, group: Group) -> None:
+        for queue in self._readers:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(group)
 
     @message(concurrent=True, lane=Lane.CONTROL, deadline_s=3600.0)
     async def progress(self) -> AsyncIterator[dict[str, Any]]:

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime import toml
-from ..runtime.cluster import ROOT, ClusterSpec, build, load_cluster, to_table
+from ..runtime import Actor, toml
+from ..runtime.cluster import ROOT, ClusterSpec, build, load_cluster, to_table, with_actors
 from ..runtime.gang import with_ranks
 from ..runtime.pool import SamplePool
 from ..runtime.rundir import RunDirectory, RunSpec, write_atomically
 from ..runtime.toml import ConfigError, Document
 from .algorithms import Algorithm
-from .algorithms.load import load_algorithm, needs_critic
+from .algorithms.load import load_algorithm, make_algorithm, needs_critic
 from .data import TASKS, RunningSum, Task
 from .evaluator.settings import EvaluationSettings
 from .model.config import ModelConfig
@@ -100,12 +100,52 @@ class Job:
         return run
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a program opens."""
+
+    cluster: ClusterSpec
+    job: Job | None = None
+    """None for a cluster that trains nothing."""
+    run_dir: Path | None = None
+    """Of a cluster without a job; None for a temporary one."""
+
+
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """Reads and checks a cluster.toml with `--set` arguments ("rl.steps=20"). Raises ConfigError."""
-    document = toml.read(path, overrides)
-    classes = {**TABLES, "algorithm": _algorithm(document), "task": _task_class(document)}
+    return _job(toml.read(path, overrides))
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any],
+    settings: Mapping[str, Any],
+    actors: Mapping[str, Actor | type[Actor]],
+    algorithm: Any,
+) -> Plan:
+    """Reads and checks what a program wants opened: see headrace.Config. Raises ConfigError.
+
+    It is a training job if it says anything that only such a job has.
+    """
+    overrides = [f"{key}={toml.dump_value(value)}" for key, value in settings.items()]
+    if isinstance(source, Mapping):
+        document = toml.from_table(source, overrides)
+    else:
+        document = toml.read(source, overrides)
+    if TABLES.keys() & document.table.keys() or "controller" in document.table.get("actors", {}):
+        job = _job(document, actors, algorithm)
+        return Plan(cluster=job.cluster, job=job)
+    named = "run" in document.table
+    document.table.setdefault("run", {"name": "embedded"})
+    cluster, _ = load_cluster(document, {}, may_be_empty=True)
+    cluster = with_actors(cluster, actors, {}, document)
+    return Plan(cluster=cluster, run_dir=cluster.run.path if named else None)
+
+
+def _job(document: Document, actors: Mapping[str, Actor | type[Actor]] | None = None, algorithm: Any = None) -> Job:
+    chosen = _algorithm(document) if algorithm is None else _own_algorithm(document, algorithm)
+    classes = {**TABLES, "algorithm": chosen, "task": _task_class(document)}
     cluster, tables = load_cluster(document, classes)
-    job = Job(cluster=cluster, **tables)
+    job = Job(cluster=with_actors(cluster, actors or {}, tables, document), **tables)
     _check_roles(document, job)
     _check_task(document, job)
     _check_algorithm(document, job)
@@ -132,6 +172,17 @@ def _algorithm(document: Document) -> type[Algorithm]:
         return load_algorithm(rl.algorithm)
     except ValueError as error:
         raise document.error(("rl", "algorithm"), str(error)) from None
+
+
+def _own_algorithm(document: Document, algorithm: Any) -> type[Algorithm]:
+    """A program's own class or coroutine, named in the run's configuration as if the file had said so."""
+    name = f"{algorithm.__module__}:{algorithm.__qualname__}"
+    try:
+        made = make_algorithm(algorithm, name)
+    except ValueError as error:
+        raise document.error(("rl", "algorithm"), str(error)) from None
+    document.table.setdefault("rl", {})["algorithm"] = name
+    return made
 
 
 def _check_algorithm(document: Document, job: Job) -> None:

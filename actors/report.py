@@ -77,6 +77,8 @@ METRICS: dict[str, Metric] = {
     "trainer_idle_ratio": Metric("0..1", "time that the trainer waited for a batch"),
     "wait_s": Metric("s", "the trainer waited for its batch"),
     "publish_s": Metric("s", "from the end of the step until rollout held the new version"),
+    "fp8_token_kl_nats": Metric("nats", "token KL(FP8 || full precision) of rollout's policy, as last measured"),
+    "precision_bits/*": Metric("bits", "of a weight of attention and experts, by phase of rollout: 8 is FP8"),
     "pool_groups": Metric("groups", "finished and waiting in the sample pool"),
     "running_groups": Metric("groups", "being generated or judged"),
     "partial_groups": Metric("groups", "interrupted, to be continued"),

@@ -29,6 +29,9 @@ IDLE_S = 60.0
 
 STALENESS_BINS = 16
 
+PRECISION = ("fp8_token_kl_nats", "precision_bits/")
+"""Numbers of rollout that become metrics as they are."""
+
 
 class Telemetry:
     """The reporting side of one run. `totals` are what `snapshot` gave at the checkpoint that is resumed."""
@@ -143,6 +146,7 @@ class Telemetry:
             "sampled_tokens_per_s": sampled / wall_s,
             "decode_batch_mean": sampled / max(1.0, decoded),
             "rollout_idle_ratio": min(1.0, max(0.0, 1 - busy_s / wall_s)),
+            **{name: value for name, value in rollout.items() if name.startswith(PRECISION)},
             "trainer_idle_ratio": min(1.0, self._waited_s / wall_s),
             "wait_s": self._waited_s,
             **({} if self._publish_s is None else {"publish_s": self._publish_s}),

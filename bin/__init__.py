@@ -1,6 +1,7 @@
 """headrace: reinforcement learning for mixture-of-experts reasoning models, on supervised actors.
 
     from headrace import Actor, System, message      the actor runtime, usable alone
+    from headrace import open_cluster, run           a training job, or any cluster, inside your own program
     headrace.actors                                  what a training run is made of
     headrace.kernels                                 operations for balancing tokens over experts
 
@@ -12,6 +13,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cluster import Cluster as Cluster
+    from .cluster import Config as Config
+    from .cluster import open_cluster as open_cluster
+    from .cluster import run as run
     from .runtime import Actor as Actor
     from .runtime import Lane as Lane
     from .runtime import NodeSpec as NodeSpec
@@ -25,14 +30,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
+_OF_RUNTIME = (
     "Actor", "Lane", "NodeSpec", "Ref", "RestartPolicy", "Status", "System", "message", "timeout", "wire",
-]  # fmt: skip
+)  # fmt: skip
+_OF_CLUSTER = ("Cluster", "Config", "open_cluster", "run")
+
+__all__ = [*_OF_RUNTIME, *_OF_CLUSTER]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import runtime
+    if name in _OF_RUNTIME:
+        from . import runtime
 
-    return getattr(runtime, name)
+        return getattr(runtime, name)
+    if name in _OF_CLUSTER:
+        from . import cluster
+
+        return getattr(cluster, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

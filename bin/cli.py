@@ -11,36 +11,24 @@ import gc
 import os
 import signal
 import sys
-import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
-from .runtime.errors import ActorDied, LaunchError, RemoteError, RuntimeFault
+from .following import Following
+from .runtime.errors import RemoteError, RuntimeFault
 from .runtime.toml import ConfigError
 
 if TYPE_CHECKING:
     from .actors.job import Job
-    from .runtime.cluster import ActorSpec
-    from .runtime.group import ActorGroup
     from .runtime.rundir import RunDirectory
     from .runtime.system import System
 
 DRAIN_S = 120.0
 """After Ctrl-C: time to finish the step and write the checkpoint."""
 
-MAX_FAILURES = 3
-"""Failures of the controller, with no step in between, after which the run is given up: it would fail for ever."""
-
 STOP_NOW_S = 1.0
 """After a second Ctrl-C: time to end in good order."""
-
-SAMPLE_S = 1.0
-"""Time between two looks at memory and the actor tree."""
 
 _EXAMPLE = """examples:
   bin/launch cluster.toml
@@ -80,10 +68,10 @@ def launch_main(arguments: Sequence[str]) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    with _uninterrupted():
+    with _uninterrupted():  # Classes of the file's actors are imported, too.
         from .actors.job import load_job
 
-    job = load_job(options.cluster, options.set)
+        job = load_job(options.cluster, options.set)
     if options.check:
         print(job.describe())
         return 0
@@ -113,47 +101,43 @@ class _Launch:
 
     def __init__(self, job: Job, run: RunDirectory, *, plain: bool) -> None:
         self.job, self.dir, self.plain = job, run, plain
-        self.started = time.time()
-        self.peak_rss_bytes = 0
         self.interrupts = 0
-        self.state: dict[str, Any] = {"run": job.run.name, "started": self.started, "rows": [], "evaluations": []}
-        self.summary: dict[str, Any] = {
-            "steps": 0, "stages": {}, "evaluation": [], "samples": [], "staleness": {"mean": 0.0, "max": 0},
-            "tokens": {"sampled": 0, "trained": 0}, "ok": False, "reason": "",
-        }  # fmt: skip
         self.stop_now = asyncio.Event()
 
     async def run(self) -> int:
         """Starts, shows and stops the system; writes summary.json."""
-        from .actors.report import write_summary
         from .runtime.gang import with_ranks
         from .runtime.system import System
         from .screen import open_screen
 
         nodes = {name: settings.spec(name) for name, settings in with_ranks(self.job.cluster).nodes.items()}
         system = System(self.dir, nodes=nodes, seed=self.job.run.seed)
-        self._on_signals(system)
         with open_screen(plain=self.plain) as screen:
+
+            def show() -> None:
+                seen.state["actors"] = system.tree()
+                seen.state["events"] = list(system.events.recent)
+                screen.update(seen.state)
+
+            seen = Following(system, self.job, self.dir, show)
+            self._on_signals(system, seen)
             try:
                 async with system:
-                    await self._follow(system, screen)
+                    try:
+                        await self._follow(system, seen)
+                    finally:
+                        show()
             except RuntimeFault as error:
-                self.summary["reason"] = _first_line(error)
+                seen.summary["reason"] = _first_line(error)
             except BrokenPipeError:
-                self.summary["reason"] = "nobody reads the output any more"
+                seen.summary["reason"] = "nobody reads the output any more"
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        known = {"wall_s": time.time() - self.started, **self.summary}
-        restarts = _restarts(self.dir.events)
-        known |= {"run": self.job.run.name, "restarts": restarts, "peak_rss_bytes": self.peak_rss_bytes}
-        if self.interrupts and not known["ok"] and not known["reason"]:
-            known["reason"] = "interrupted"
-        write_summary(self.dir.summary, known)
-        return self._say_how_it_ended(known)
+        return self._say_how_it_ended(seen.conclude("interrupted" if self.interrupts else ""))
 
-    async def _follow(self, system: System, screen: Any) -> None:
+    async def _follow(self, system: System, seen: Following) -> None:
         """Works until the run is over, the system has failed, or there was a second Ctrl-C."""
-        watching = asyncio.create_task(self._watch(system, screen))
-        work = asyncio.create_task(self._work(system, screen))
+        watching = asyncio.create_task(seen.watch())
+        work = asyncio.create_task(seen.run())
         stopping = asyncio.create_task(self.stop_now.wait())
         try:
             await asyncio.wait([work, watching, system.failed, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -169,64 +153,15 @@ class _Launch:
             system.events.write("run_failed", reason=_first_line(error), traceback=trace)
             raise
         finally:
-            self._show(system, screen)
             for task in (work, watching, stopping):
                 task.cancel()
 
-    async def _work(self, system: System, screen: Any) -> None:
-        """Starts all actors at once, then follows the controller to its end."""
-        from .runtime.gang import with_ranks
-
-        cluster = with_ranks(self.job.cluster)
-        for actor in cluster.actors.values():
-            system.declare(actor.name, type(actor.instance))
-        groups: dict[str, ActorGroup] = {}
-        for name, spec in cluster.groups.items():
-            above = groups.get(spec.parent)
-            groups[name] = system.group(name, strategy=spec.strategy, policy=spec.policy, parent=above)
-        await asyncio.gather(*(_spawn(groups.get(actor.group, system), actor) for actor in cluster.actors.values()))
-        furthest, failures = (-1, 0), 0
-        while True:
-            await system.node.directory.when_up("controller")
-            if failures == MAX_FAILURES:
-                reason = next(e["reason"] for e in reversed(system.events.recent) if e["event"] == "actor_exit")
-                raise LaunchError(f"the controller failed {failures} times with no step in between: {reason}")
-            self.state["rows"] = []
-            try:
-                async for update in system.find("controller").progress.stream():
-                    self.state["rows"] += update.pop("rows")
-                    self.summary |= update.pop("summary")
-                    # A controller that comes back takes rows of this very process for history.
-                    update["resumed_s"] = self.state.get("resumed_s", update["resumed_s"])
-                    self.state |= {**update, "started": time.time() - update["elapsed_s"]}
-                    self._show(system, screen)
-                    if update["done"]:
-                        return
-                    if self.state["rows"] and (reached := _position(self.state["rows"][-1])) > furthest:
-                        furthest, failures = reached, 0
-            except ActorDied:
-                failures += 1
-
-    async def _watch(self, system: System, screen: Any) -> None:
-        """Looks at memory and the tree now and then, also while nothing else happens."""
-        while True:
-            rss = sum(_rss_bytes(pid) for pid in system.pids().values())
-            self.peak_rss_bytes = max(self.peak_rss_bytes, rss)
-            self.state["rss_bytes"] = rss
-            self._show(system, screen)
-            await asyncio.sleep(SAMPLE_S)
-
-    def _show(self, system: System, screen: Any) -> None:
-        self.state["actors"] = system.tree()
-        self.state["events"] = list(system.events.recent)
-        screen.update(self.state)
-
-    def _on_signals(self, system: System) -> None:
+    def _on_signals(self, system: System, seen: Following) -> None:
         loop = asyncio.get_running_loop()
 
         def interrupt() -> None:
             self.interrupts += 1
-            if self.interrupts > 1 or not self.state["rows"]:
+            if self.interrupts > 1 or not seen.state["rows"]:
                 self.stop_now.set()  # Asked twice, or there is nothing yet that would be worth a checkpoint.
                 return
             loop.call_later(DRAIN_S, self.stop_now.set)
@@ -254,38 +189,6 @@ class _Launch:
         return 1
 
 
-async def _spawn(group: System | ActorGroup, spec: ActorSpec) -> None:
-    """Starts an actor. Raises LaunchError or, with the traceback of its `start`, RemoteError."""
-    try:
-        await group.spawn(spec.instance, name=spec.name, node=spec.node, policy=spec.policy)
-    except RemoteError as error:
-        why = str(error.args[0]).partition(" raised ")[2]
-        raise RemoteError(f"{spec.name} did not start: {why}", error.remote_type, error.remote_traceback) from None
-
-
-def _position(row: dict[str, Any]) -> tuple[int, int]:
-    """Rows of a run in order."""
-    from .actors.report import STAGES
-
-    return STAGES.index(row["stage"]), row["step"]
-
-
-def _restarts(events: Path) -> dict[str, int]:
-    """Restarts by actor, those in earlier processes of a resumed run too."""
-    lines = events.read_bytes().splitlines() if events.exists() else []
-    restarts = [event for line in lines if (event := orjson.loads(line))["event"] == "actor_restart"]
-    return dict(Counter(event["actor"] for event in restarts))
-
-
 def _first_line(error: BaseException) -> str:
     """What went wrong, without the traceback or log that may follow."""
     return str(error.args[0] if error.args else error).partition("\n")[0]
-
-
-def _rss_bytes(pid: int) -> int:
-    """Resident memory of a process, 0 if it is gone."""
-    try:
-        with open(f"/proc/{pid}/statm") as file:
-            return int(file.read().split()[1]) * 4096
-    except (FileNotFoundError, ProcessLookupError, IndexError):
-        return 0

@@ -21,7 +21,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import pydantic_core
@@ -29,6 +29,7 @@ from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 
 from .actor import Actor
+from .classes import class_path
 from .launcher import NodeSpec
 from .layout import ONE
 from .rundir import RunSpec
@@ -126,10 +127,13 @@ _OF_RANKS: dict[str, Any] = {"rank": 0, "layout": ONE}
 """Fields of a Worker that say which rank it is: nobody writes them down."""
 
 
-def load_cluster(document: Document, tables: Mapping[str, type]) -> tuple[ClusterSpec, dict[str, Any]]:
+def load_cluster(
+    document: Document, tables: Mapping[str, type], *, may_be_empty: bool = False
+) -> tuple[ClusterSpec, dict[str, Any]]:
     """Builds everything that `document` describes; `tables` are the dataclasses of further top-level tables.
 
-    Returns the cluster and the further tables by name. Raises ConfigError for the first mistake.
+    `may_be_empty`: actors may come from elsewhere, so that there need be none here. Returns the cluster and the further
+    tables by name. Raises ConfigError for the first mistake.
     """
     known = ["run", "nodes", "groups", "actors", *tables]
     for name, value in document.table.items():
@@ -145,7 +149,7 @@ def load_cluster(document: Document, tables: Mapping[str, type]) -> tuple[Cluste
         groups[name] = _group(document, name, groups)
     given = {"run": run, **built}
     actors = {name: _actor(document, name, [ROOT, *nodes], groups, given) for name in _names(document, "actors")}
-    if not actors:
+    if not actors and not may_be_empty:
         raise document.error(("actors",), "there is no actor; add a table [actors.NAME] with a class")
     return ClusterSpec(run=run, nodes=nodes, groups=groups, actors=actors), built
 
@@ -156,6 +160,36 @@ def build(document: Document, keys: Keys, cls: type[T], given: Mapping[str, Any]
     Raises ConfigError for unknown, missing and bad values, and for what `__post_init__` refuses with ValueError.
     """
     return _build(document, keys, cls, _table(document, keys), given or {})
+
+
+def with_actors(
+    cluster: ClusterSpec, actors: Mapping[str, Actor | type[Actor]], tables: Mapping[str, Any], document: Document
+) -> ClusterSpec:
+    """The cluster with a program's own actors in the place of those of the same name, or beside them.
+
+    A class gets the tables that its fields name. An actor whose class no other process could import lives in the root.
+    Raises ConfigError.
+    """
+    shared, specs = {"run": cluster.run, **tables}, dict(cluster.actors)
+    for name, given in actors.items():
+        keys = ("actors", name)
+        kind = given if isinstance(given, type) else type(given)
+        if not _is_actor(kind):
+            raise document.error(keys, f"{kind.__qualname__} is no actor: a dataclass derived from headrace.Actor")
+        instance = _build(document, keys, kind, {}, _given_to(kind, shared)) if isinstance(given, type) else given
+        try:
+            path, anywhere = class_path(kind, here=False), True
+        except ValueError:
+            try:
+                path, anywhere = class_path(kind, here=True), False
+            except ValueError as error:
+                raise document.error(keys, str(error)) from None
+        spec = specs.get(name) or ActorSpec(
+            name=name, class_path=path, node=ROOT, group=ROOT_GROUP, policy=RestartPolicy(), instance=instance
+        )
+        node = spec.node if anywhere else ROOT
+        specs[name] = replace(spec, class_path=path, node=node, instance=instance)
+    return replace(cluster, actors=specs)
 
 
 def to_table(cluster: ClusterSpec, tables: Mapping[str, Any]) -> dict[str, Any]:

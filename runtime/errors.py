@@ -138,6 +138,11 @@ class TransferFailed(RuntimeFault):
     whole; the exchange repeats the transfer under a higher epoch."""
 
 
+class CommunicatorHung(TransferFailed):
+    """A call of the library that carries weights did not return, not even after an abort. The process in which it hangs
+    must end, and ends itself once this is reported; its supervisor starts it again."""
+
+
 class ExchangeFull(RuntimeFault):
     """There is not enough memory to publish weights. The version before stays published."""
 

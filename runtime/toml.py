@@ -11,6 +11,7 @@ Knows nothing of what the keys mean.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import re
@@ -80,6 +81,14 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     """Reads a TOML file and applies `overrides` ("a.b=value"). Raises ConfigError for whatever is wrong with either."""
     text = _read_text(Path(path))
     document = parse(text, name=str(path))
+    for argument in overrides:
+        _override(document, argument)
+    return document
+
+
+def from_table(table: Mapping[str, Any], overrides: Sequence[str] = (), *, name: str = "Config") -> Document:
+    """As `read`, of nested dicts, which stay as they are."""
+    document = Document(name=name, table=copy.deepcopy(dict(table)))
     for argument in overrides:
         _override(document, argument)
     return document

@@ -13,7 +13,7 @@ from headrace.actors.rollout.pool import RolloutPool
 from headrace.actors.rollout.requests import Chunk, Request
 from headrace.actors.types import Group, Prompt, Trajectory
 from headrace.runtime import Actor, Lane, message
-from headrace.runtime.exchange import Manifest
+from headrace.runtime.exchange import Manifest, Route, Seat
 from headrace.runtime.worker import Worker
 
 
@@ -61,7 +61,11 @@ class Scribe(Actor):
         self.stream = 0
 
     @message(concurrent=True, lane=Lane.CONTROL)
-    async def load(self, manifest: Manifest) -> int:
+    async def seat(self) -> Seat:
+        return Seat()
+
+    @message(concurrent=True, lane=Lane.CONTROL)
+    async def load(self, manifest: Manifest, route: Route) -> int:
         self.version = manifest.version
         return self.version
 

@@ -33,7 +33,7 @@ from headrace.actors.verifier import RuleVerifier
 from headrace.runtime import Actor, Lane, RestartPolicy, System, message
 from headrace.runtime.codec import dumps, wire
 from headrace.runtime.errors import ActorDied, RestartBudgetExceeded, StaleIncarnation
-from headrace.runtime.exchange import Manifest
+from headrace.runtime.exchange import Manifest, Route, Seat
 from headrace.runtime.rundir import RunSpec
 
 TASK = RunningSum(max_operands=3)
@@ -139,7 +139,7 @@ class FakeTrainer(Mortal):
         return {"loss": float(number), "trained_tokens": sum(group.num_tokens for group in groups)}
 
     @message
-    async def publish(self, version: int) -> Manifest:
+    async def publish(self, version: int, keep: dict[int, list[str]]) -> Manifest:
         WORLD.published.append((version, (self.sft, self.rl)))
         return Manifest(
             name="policy", version=version, pid=1, fd=0, incarnation=1, generation=len(WORLD.published), nbytes=0,
@@ -209,7 +209,11 @@ class FakeRollout(Mortal):
         self.armed = asyncio.Event()
 
     @message(concurrent=True, lane=Lane.CONTROL)
-    async def load(self, manifest: Manifest) -> int:
+    async def seat(self) -> Seat:
+        return Seat()
+
+    @message(concurrent=True, lane=Lane.CONTROL)
+    async def load(self, manifest: Manifest, route: Route) -> int:
         if manifest.version in WORLD.stale:
             WORLD.stale.remove(manifest.version)
             raise StaleIncarnation("its process has ended")

@@ -341,7 +341,7 @@ def test_weights_that_are_not_finite_are_refused():
     running.submit(request(1))
     chunks = running.step()
     bad = weights(1) | {"lm_head.weight": np.full_like(weights()["lm_head.weight"], np.nan)}
-    with pytest.raises(FloatingPointError, match=r"lm_head\.weight of policy version 1 is not finite"):
+    with pytest.raises(FloatingPointError, match=r"policy version 1: lm_head\.weight is not finite"):
         running.load(running.prepare(1, bad))
     responses = collect(finish(running, chunks))
     assert_expected(responses)
@@ -376,10 +376,17 @@ actions = st.one_of(
 )
 
 
-@given(num_slots=st.integers(1, 9), script=st.lists(actions, max_size=40))
+@given(
+    num_slots=st.integers(1, 9),
+    script=st.lists(actions, max_size=40),
+    memory=st.fixed_dictionaries(
+        {"page_tokens": st.sampled_from([1, 3, 16]), "kv_tokens": st.sampled_from([64, 100, None]),
+         "prefill_tokens": st.sampled_from([1, 7, 512])}
+    ),
+)  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_no_slot_leaks_and_no_response_is_disturbed(num_slots, script):
-    running = engine(num_slots)
+def test_no_slot_or_page_leaks_and_no_response_is_disturbed(num_slots, script, memory):
+    running = engine(num_slots, **memory)
     chunks, unfinished = {}, {}
     submitted = version = 0
 
@@ -410,6 +417,8 @@ def test_no_slot_leaks_and_no_response_is_disturbed(num_slots, script):
         assert 0 <= running.num_live <= num_slots
         assert submitted == running.num_live + running.num_waiting + stats.num_finished + stats.num_cancelled
     keep(finish(running))
+    running.load(running.prepare(version + 1, weights()))
+    assert running.scheduler.num_used_pages == 0
     assert not any(unfinished.values()) and running.flush() == []
     assert_expected(collect(chunk for kept in chunks.values() for chunk in kept))
 

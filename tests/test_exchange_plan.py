@@ -163,20 +163,21 @@ def test_a_model_comes_from_trainer_to_engines(trainer: dict[str, int], engine: 
     require_right(source, dest)
 
 
-def test_hybridflow_1_4_2_to_1_2_2_2_stays_in_its_micro_groups_and_keeps_nothing_twice() -> None:
-    """arXiv 2409.19256, section 5.3: generation TP groups [G1 G3] [G2 G4] [G5 G7] [G6 G8], micro-DP groups of
-    neighbours; a rank receives (t - t_g) / (t_g t) of the model."""
+@pytest.mark.parametrize(("t", "t_g"), [(4, 2), (8, 2), (8, 1)])
+def test_hybridflow_stays_in_its_micro_groups_and_keeps_nothing_twice(t: int, t_g: int) -> None:
+    """arXiv 2409.19256, section 5.3, train 1-t-2 -> generate 1-t_g-d_g-2. For 1-4-2 -> 1-2-2-2: generation TP groups
+    [G1 G3] [G2 G4] [G5 G7] [G6 G8], micro-DP groups of neighbours; a rank receives (t - t_g) / (t_g t) of the model."""
     whole = Whole("w", "<f4", (16, 6))
-    source = Holding(Mesh({"d": 2, "t": 4}), [Held("w", (Part(whole, (Split(0, ("t",)),)),))])
-    dest = Holding(Mesh({"d": 2, "t": 2, "micro": 2}), [Held("w", (Part(whole, (Split(0, ("t",)),)),))])
+    d_g = t // t_g
+    source = Holding(Mesh({"d": 2, "t": t}), [Held("w", (Part(whole, (Split(0, ("t",)),)),))])
+    dest = Holding(Mesh({"d": 2, "t": t_g, "micro": d_g}), [Held("w", (Part(whole, (Split(0, ("t",)),)),))])
     require_right(source, dest)
     plan = make_plan(source, dest)
+    pairs = {(c.source, c.dest) for c in plan.copies() if c.source != c.dest}
+    assert pairs == {(a, b) for a in range(2 * t) for b in range(2 * t) if a != b and a // d_g == b // d_g}
     model = whole.nbytes
-    assert {(c.source, c.dest) for c in plan.copies() if c.source != c.dest} == {
-        pair for a in (0, 2, 4, 6) for pair in ((a, a + 1), (a + 1, a))
-    }
-    assert plan.traffic.received.tolist() == [model // 4] * 8 == plan.traffic.sent.tolist()
-    assert dest.nbytes().tolist() == [model // 2] * 8
+    assert plan.traffic.received.tolist() == [model * (t - t_g) // (t_g * t)] * 2 * t == plan.traffic.sent.tolist()
+    assert dest.nbytes().tolist() == [model // t_g] * 2 * t
 
 
 @st.composite

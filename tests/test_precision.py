@@ -72,13 +72,13 @@ def test_it_falls_back_at_once_and_comes_back_after_versions_that_pass() -> None
     told = schedule.measured(2, 0.02)
     assert told == {"version": 2, "token_kl": 0.02, "bound": 0.01, "now": "full"}
     assert schedule.of("decode") == schedule.of("prefill") == "full"
-    assert schedule.stats()["rollout/precision/decode"] == 32 and schedule.stats()["rollout/fp8_token_kl"] == 0.02
+    assert schedule.stats()["precision_bits/decode"] == 32 and schedule.stats()["fp8_token_kl_nats"] == 0.02
     assert schedule.measured(3, 0.001) is None
     assert schedule.measured(4, 0.5) is None
     assert schedule.measured(5, 0.001) is None and schedule.fallen
     told = schedule.measured(6, 0.001)
     assert told is not None and told["now"] == "prefill fp8, decode fp8, score full" and not schedule.fallen
-    assert schedule.falls == 1 and schedule.stats()["rollout/precision/decode"] == 8
+    assert schedule.falls == 1 and schedule.stats()["precision_bits/decode"] == 8
 
 
 @given(st.lists(st.sampled_from([0.0, 0.009, 0.011, float("nan"), float("inf")])), st.integers(1, 4))

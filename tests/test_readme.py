@@ -3,10 +3,12 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +27,14 @@ def commands() -> list[str]:
     return [line[2:].split("#")[0].strip() for line in lines if line.startswith("$ ")]
 
 
-@pytest.mark.parametrize("program", blocks("python"))
+def programs() -> list[Any]:
+    """Those that train take a while."""
+    return [pytest.param(p, marks=[pytest.mark.slow] * ('"cluster.toml"' in p)) for p in blocks("python")]
+
+
+@pytest.mark.parametrize("program", programs())
 def test_the_programs_run(program: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "cluster.toml", tmp_path)
     script = tmp_path / "program.py"
     script.write_text(program)
     done = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, timeout=60, cwd=tmp_path)

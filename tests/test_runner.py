@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.actors.model import paged_decode
 from headrace.actors.model.config import ModelConfig
 from headrace.actors.model.decode import shapes
 from headrace.actors.model.qwen3_moe import Qwen3Moe
@@ -51,8 +52,9 @@ def test_shapes_are_those_of_the_model():
     assert shapes(CONFIG) == {name: p.shape for name, p in WEIGHTS.items()}
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4, 50])
-def test_mixed_chunked_batches_over_scattered_pages_equal_full_forward(chunk):
+@pytest.mark.parametrize(("chunk", "safe_score"), [(1, 60), (3, 60), (4, 0), (50, 60)])
+def test_mixed_chunked_batches_over_scattered_pages_equal_full_forward(chunk, safe_score, monkeypatch):
+    monkeypatch.setattr(paged_decode, "SAFE_SCORE", safe_score)
     random = np.random.default_rng(chunk)
     sequences = [random.integers(1, 13, n) for n in (5, 17, 1, 30, 9, 22)]
     free = list(random.permutation(64))
@@ -75,16 +77,29 @@ def test_mixed_chunked_batches_over_scattered_pages_equal_full_forward(chunk):
             np.testing.assert_allclose(row, full_logits(sequences[i][: at[i]])[-1], atol=1e-4)
 
 
-def test_a_shared_beginning_is_read_by_all():
-    prompt = np.arange(1, 9)
-    running = runner()
-    running.run(batch([(prompt, 0, [7, 3])], 0))
-    running.copy_pages(np.array([3]), np.array([5]))
-    for step, tokens in enumerate(([1, 2, 3], [4, 5, 6])):
-        parts = [([t], 8 + step, [7, page, own]) for t, page, own in zip(tokens, (3, 3, 5), (0, 1, 2), strict=True)]
-        out = running.run(batch(parts, 3))
-    for row, first, second in zip(out.logits.numpy(), (1, 2, 3), (4, 5, 6), strict=True):
-        np.testing.assert_allclose(row, full_logits([*prompt, first, second])[-1], atol=1e-4)
+@pytest.mark.parametrize(("safe_score", "few_pages"), [(0, 0), (60, 0), (60, 256)])
+def test_a_shared_beginning_is_read_by_all(safe_score, few_pages, monkeypatch):
+    """Two prompts with 11 and 3 answers; their full pages are shared, and one of them by all."""
+    monkeypatch.setattr(paged_decode, "SAFE_SCORE", safe_score)
+    monkeypatch.setattr(paged_decode, "FEW_PAGES", few_pages)
+    random = np.random.default_rng(0)
+    common, answers = random.integers(1, 13, 4), random.integers(1, 13, (14, 5))
+    prompts = [np.concatenate([common, random.integers(1, 13, n)]) for n in (9, 4)]
+    running, free = runner(), list(random.permutation(64))
+    tables = [[free.pop() for _ in range(4)], [free.pop() for _ in range(2)]]
+    tables[1][0] = tables[0][0]
+    for prompt, table in zip(prompts, tables, strict=True):
+        running.run(batch([(prompt, 0, table)], 0))
+    of_answer = [0] * 11 + [1] * 3
+    own = [[*tables[p][: len(prompts[p]) // PAGE], *(free.pop() for _ in range(3))] for p in of_answer]
+    running.copy_pages(np.full(11, tables[0][3]), np.array([table[3] for table in own[:11]]))
+    for step in range(5):
+        asked = range(14) if step < 3 else range(5, 13)
+        parts = [(answers[i, step : step + 1], len(prompts[of_answer[i]]) + step, own[i]) for i in asked]
+        out = running.run(batch(parts, len(parts)))
+        for row, i in zip(out.logits.numpy(), asked, strict=True):
+            whole = [*prompts[of_answer[i]], *answers[i, : step + 1]]
+            np.testing.assert_allclose(row, full_logits(whole)[-1], atol=1e-4)
 
 
 def test_bad_weights_are_refused_with_name_and_value():

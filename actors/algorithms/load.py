@@ -37,7 +37,12 @@ def load_algorithm(name: str) -> type[Algorithm]:
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         hint = nearest(name, BUILT_IN, otherwise=f"; built in are {', '.join(BUILT_IN)}")
         raise ValueError(f'must be a built-in algorithm or "module:Name" of your own, got "{name}"{hint}')
-    found = _import(name)
+    return make_algorithm(_import(name), name)
+
+
+def make_algorithm(found: Any, name: str) -> type[Algorithm]:
+    """The class of an algorithm that is a class or a coroutine function; `name` stands for it in messages. Raises
+    ValueError that says what is missing or wrong."""
     cls = _from_function(found) if inspect.isfunction(found) else found
     if not (isinstance(cls, type) and issubclass(cls, Algorithm) and "__dataclass_fields__" in vars(cls)):
         raise ValueError(

@@ -2,12 +2,12 @@
 
     tables [S, P]   page ids of each sequence --> pool [layers, (k, v), pages, G, page_tokens, D]
 
-A page may be in the tables of several sequences (they share a beginning); who writes to it must be alone.
+A page may be in the tables of several sequences, which share a beginning; who writes to one must be alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,13 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import PackedAttention
-from .block import Attend
+from .block import Attend, LayerWeights
 from .config import ModelConfig
+from .paged_decode import DecodePlan
+
+Write = Callable[[int, Tensor, Tensor], None]
+"""(layer, k [T, G, D], v [T, G, D]): keeps them."""
 
 
 class PagedCache:
-    """Pages of keys and values, fp32. `num_kv_heads` of `config` are its heads: a rank that has some gives a config
-    with those.
+    """Pages of keys and values, fp32, of the `num_kv_heads` heads of `config`.
+
+    A rank that has some of the heads gives a config with those.
     """
 
     def __init__(
@@ -33,50 +38,35 @@ class PagedCache:
         self.data = torch.zeros(
             config.num_layers, 2, num_pages, config.num_kv_heads, page_tokens, config.head_dim, device=device
         )
+        self._score_bounds = [0.0] * config.num_layers
+        self._key_norms = [0.0] * config.num_layers
+
+    def expect(self, layers: Sequence[LayerWeights]) -> None:
+        """Says with which weights queries and keys will be made from now on: it bounds how large their products are.
+
+        Queries and keys are normalized, so |q| <= sqrt(D) max |norm's weight|, and likewise |k|, old ones included.
+        """
+        heads, width = self.config.num_heads, self.config.head_dim
+        for index, layer in enumerate(layers):
+            norms = layer.qk_norm.abs().amax(-1)
+            self._key_norms[index] = max(self._key_norms[index], float(norms[heads:].max()))
+            self._score_bounds[index] = width**0.5 * float(norms[:heads].max()) * self._key_norms[index]
 
     def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copies pages `sources` (int64 [n]) to `targets`, of which none is among `sources`."""
-        self.data[:, :, torch.from_numpy(targets)] = self.data[:, :, torch.from_numpy(sources)]
+        self.data[:, :, self._on(targets)] = self.data[:, :, self._on(sources)]
 
     def clear(self, pages: np.ndarray) -> None:
         """Zeroes pages, int64 [n]."""
-        self.data[:, :, torch.from_numpy(pages)] = 0.0
+        self.data[:, :, self._on(pages)] = 0.0
 
-    def attend(self, positions: np.ndarray, counts: np.ndarray, tables: np.ndarray, num_decode: int) -> Attend:
-        """How the tokens of a batch (see rollout.runner.Batch) meet keys: theirs are written, then all are read."""
-        write = self.writer(positions, counts, tables)
-        parts = [self._over_pages(positions[:num_decode], tables[:num_decode])] if num_decode else []
-        ends = np.cumsum(counts)
-        fresh: list[int] = []
-        later: list[int] = []
-        for i in range(num_decode, len(counts)):
-            (later if positions[ends[i] - counts[i]] else fresh).append(i)
-        packed = PackedAttention(counts[fresh].tolist()) if fresh else None
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            write(layer, k, v)
-            out = q.new_empty(len(q), q.shape[1] * q.shape[2])
-            if parts:
-                out[:num_decode] = parts[0](layer, q[:num_decode])
-            if packed is not None:
-                mine = torch.from_numpy(np.concatenate([np.arange(ends[i] - counts[i], ends[i]) for i in fresh]))
-                out[mine] = packed(layer, q[mine], k[mine], v[mine])
-            for i in later:
-                own = slice(int(ends[i] - counts[i]), int(ends[i]))
-                out[own] = self._continued(layer, q[own], tables[i], int(positions[own.start]))
-            return out
-
-        return attend
-
-    def writer(
-        self, positions: np.ndarray, counts: np.ndarray, tables: np.ndarray
-    ) -> Callable[[int, Tensor, Tensor], None]:
-        """How the keys and values [T, G, D] of a layer are kept for the tokens of a batch."""
+    def writer(self, positions: np.ndarray, counts: np.ndarray, tables: np.ndarray) -> Write:
+        """Where the keys and values of the tokens of a batch (see rollout.runner.Batch) go."""
         heads, size = self.config.num_kv_heads, self.page_tokens
-        owner = np.repeat(np.arange(len(counts)), counts)
-        pages = tables[owner, positions // size].astype(np.int64)
+        owners = np.arange(len(counts)) if len(counts) == len(positions) else np.repeat(np.arange(len(counts)), counts)
+        pages = tables[owners, positions // size].astype(np.int64)
         rows = (pages[:, None] * heads + np.arange(heads)) * size + (positions % size)[:, None]
-        where = torch.from_numpy(rows.reshape(-1)).to(self.data.device)
+        where = self._on(rows.reshape(-1))
 
         def write(layer: int, k: Tensor, v: Tensor) -> None:
             for flat, new in zip(self.data[layer].flatten(1, 3), (k, v), strict=True):
@@ -84,29 +74,76 @@ class PagedCache:
 
         return write
 
-    def _continued(self, layer: int, q: Tensor, table: np.ndarray, start: int) -> Tensor:
-        """Attention of tokens start..start+n of one sequence over all of it so far: [n, H, D] -> [n, H * D]."""
-        end = start + len(q)
-        ids = torch.from_numpy(table[: -(-end // self.page_tokens)].astype(np.int64))
-        k, v = self.data[layer][:, ids].transpose(1, 2).flatten(2, 3)[:, :, :end]
-        causal = torch.arange(end) <= torch.arange(start, end).unsqueeze(1)
-        out = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=causal, enable_gqa=True)
-        flat: Tensor = out.transpose(0, 1).flatten(1)
-        return flat
+    def attend(self, positions: np.ndarray, counts: np.ndarray, tables: np.ndarray, num_decode: int) -> Attend:
+        """How the tokens of a batch meet keys: their own are kept, then each reads those of its sequence up to it."""
+        write = self.writer(positions, counts, tables)
+        decode = DecodePlan(self.data, positions[:num_decode], tables[:num_decode]) if num_decode else None
+        if decode is not None and num_decode == len(counts):
 
-    def _over_pages(self, positions: np.ndarray, tables: np.ndarray) -> Callable[[int, Tensor], Tensor]:
-        config = self.config
-        num, length = len(positions), int(positions.max()) + 1
-        ids = torch.from_numpy(tables[:, : -(-length // self.page_tokens)].astype(np.int64))
-        ids = ids.clamp(0, self.num_pages - 1)
-        future = torch.arange(ids.shape[1] * self.page_tokens) > torch.from_numpy(positions).unsqueeze(1)
-        bias = torch.zeros(future.shape).masked_fill_(future, -torch.inf).view(num, 1, 1, -1)
+            def attend_decode(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                write(layer, k, v)
+                return decode(layer, q, self._score_bounds[layer])
 
-        def attend(layer: int, q: Tensor) -> Tensor:
-            k, v = self.data[layer][:, ids].transpose(2, 3).flatten(3, 4)
-            queries = q.unflatten(1, (config.num_kv_heads, -1))
-            scores = (queries @ k.transpose(-1, -2)) * config.head_dim**-0.5 + bias
-            out: Tensor = (torch.softmax(scores, -1) @ v).flatten(1)
-            return out
+            return attend_decode
+        chunks = self._chunks(positions, counts, tables, num_decode)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            write(layer, k, v)
+            parts = [decode(layer, q[:num_decode], self._score_bounds[layer])] if decode is not None else []
+            return torch.cat([*parts, *(chunk(layer, q, k, v) for chunk in chunks)])
 
         return attend
+
+    def _chunks(self, positions: np.ndarray, counts: np.ndarray, tables: np.ndarray, first: int) -> list[Attend]:
+        """One for each run of sequences that begin with their chunk, and for each sequence that goes on."""
+        ends = np.cumsum(counts)
+        starts = ends - counts
+        chunks: list[Attend] = []
+        while first < len(counts):
+            last = first + 1
+            if positions[starts[first]] == 0:
+                while last < len(counts) and positions[starts[last]] == 0:
+                    last += 1
+                chunks.append(_Fresh(slice(int(starts[first]), int(ends[last - 1])), counts[first:last].tolist()))
+            else:
+                pages = self._on(tables[first, : -(-int(positions[ends[first] - 1] + 1) // self.page_tokens)])
+                chunks.append(
+                    _Continued(
+                        self.data, slice(int(starts[first]), int(ends[first])), pages, int(positions[starts[first]])
+                    )
+                )
+            first = last
+        return chunks
+
+    def _on(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.int64, copy=False)).to(self.data.device, non_blocking=True)
+
+
+class _Fresh:
+    """Sequences whose tokens are all in the batch: their keys need not be read from pages."""
+
+    def __init__(self, rows: slice, lengths: list[int]) -> None:
+        self._rows = rows
+        self._packed = PackedAttention(lengths)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._packed(layer, q[self._rows], k[self._rows], v[self._rows])
+
+
+class _Continued:
+    """A further chunk of one sequence, from position `start` on, over all of it so far."""
+
+    def __init__(self, data: Tensor, rows: slice, pages: Tensor, start: int) -> None:
+        self._data = data
+        self._rows = rows
+        self._pages = pages
+        self._end = start + rows.stop - rows.start
+        ends = torch.arange(start, self._end, device=data.device)
+        self._causal = torch.arange(self._end, device=data.device) <= ends.unsqueeze(1)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self._data[layer].index_select(1, self._pages).transpose(1, 2).flatten(2, 3)[:, :, : self._end]
+        queries = q[self._rows].transpose(0, 1)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._causal, enable_gqa=True)
+        flat: Tensor = out.transpose(0, 1).flatten(1)
+        return flat

@@ -2,9 +2,9 @@
 
     generate.stream(requests) --> [Chunk, ...] as tokens come      load(manifest) --> weights swapped between two steps
 
-What generates is a backend: the engine of this project on the actor's own thread (local.py). Leaving a stream cancels
-its requests. A worker that was killed has lost nothing but the tokens since its last chunks: ask another one to go on
-from them.
+What generates is a backend: the engine of this project on the actor's own thread (local.py), or a server of others that
+speaks OpenAI's completions (openai/). Leaving a stream cancels its requests. A worker that was killed has lost nothing
+but the tokens since its last chunks: ask another one to go on from them.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
 from ...runtime import Actor, Lane, message
-from ...runtime.exchange import Manifest
+from ...runtime.exchange import Manifest, Route, Seat
 from ...runtime.rundir import RunSpec
 from ..data.task import Task
 from ..model.config import ModelConfig
 from ..trainer.settings import RlSettings
 from .backend import Backend
+from .openai.settings import ServerSettings, check_base_url
 from .precision import Precision
 from .requests import Chunk, Request
 
@@ -49,6 +50,23 @@ class Rollout(Actor):
     precision: Precision = field(default_factory=Precision)
     """Which phases compute in FP8, and when they are to fall back; of our own engine."""
 
+    engine: Literal["headrace", "openai"] = "headrace"
+    """"openai": a server at `base_url` generates, as `server` says."""
+    base_url: str = ""
+    """Of the server, such as http://127.0.0.1:8000."""
+    server: ServerSettings = field(default_factory=ServerSettings)
+
+    def __post_init__(self) -> None:
+        if self.engine == "openai":
+            check_base_url(self.base_url)
+            if self.server.logprobs == "raw" and self.rl.temperature != 1.0:
+                raise ValueError(
+                    f"the server's log-probabilities are those of temperature 1, and [rl] temperature is "
+                    f'{self.rl.temperature}; set server.logprobs = "processed" if it gives those that it samples from'
+                )
+        elif self.base_url:
+            raise ValueError('base_url is of a server; set engine = "openai", or leave it out')
+
     async def start(self) -> None:
         self._armed = asyncio.Event()
         self._backend = self._make_backend()
@@ -58,17 +76,27 @@ class Rollout(Actor):
         await self._backend.close()
 
     def _make_backend(self) -> Backend:
+        if self.engine == "openai":
+            from .openai.backend import OpenAiBackend
+
+            return OpenAiBackend(self)
         from .local import LocalBackend
 
         return LocalBackend(self)
 
     @message(concurrent=True, lane=Lane.CONTROL, deadline_s=PATIENCE_S)
-    async def load(self, manifest: Manifest) -> int:
+    async def seat(self) -> Seat:
+        """Where this worker sits, for the weight exchange; see coordinator.Port."""
+        return self._backend.seat()
+
+    @message(concurrent=True, lane=Lane.CONTROL, deadline_s=PATIENCE_S)
+    async def load(self, manifest: Manifest, route: Route | None = None) -> int:
         """Takes the weights of a policy version; tokens requested from now on carry it. Returns the version.
 
-        Raises StaleIncarnation, CorruptWeights if the trainer that published them is gone or has moved on.
+        `route`: how they come; by default through the memory of this host. Raises StaleIncarnation, CorruptWeights if
+        the trainer that published them is gone or has moved on, BadWeights for an older version than the last.
         """
-        await self._backend.load(manifest)
+        await self._backend.load(manifest, route)
         self._armed.set()
         return manifest.version
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
-from ...runtime.exchange import Manifest
+from ...runtime.exchange import Manifest, Route, Seat
 from .requests import Chunk, Request
 
 
@@ -18,8 +18,11 @@ class Backend(Protocol):
     async def close(self) -> None:
         """Gives back what it holds; what still generates has been left before."""
 
-    async def load(self, manifest: Manifest) -> None:
-        """Takes the weights of a version; tokens that are requested later carry it.
+    def seat(self) -> Seat:
+        """Where weights are to be brought to."""
+
+    async def load(self, manifest: Manifest, route: Route | None = None) -> None:
+        """Takes the weights of a version as `route` says; tokens that are requested later carry it.
 
         Raises StaleIncarnation, CorruptWeights as `Receiver.receive`, and keeps what it has.
         """

@@ -1,22 +1,21 @@
 """Generates responses with continuous batching: every step adds one token to each live response.
 
-    submit -> waiting -> prefilled, in a spare slot -> live, in a slot of its own -> ended: its last Chunk
-                                                        |  flush: hands out what there is
-                                                        |  load: new weights, the cache stays
-                                                        '- cancel
+    submit -> waiting -> prefilled, in chunks beside those that live -> live, in a slot -> ended: its last Chunk
+                 ^                                                       |  flush: hands out what there is
+                 '---------- no page left: the newest gives way ---------|  load: new weights, the cache stays
+                                                                         '- cancel
 
-A prompt is prefilled once, with others that wait, and copied to the members of its group as they get slots. Random
-numbers are counter-based: a response depends on the weights, the seed, its prompt's ordinal, its member index and the
-position, and not on what it is batched with, beyond rounding of the logits. Knows nothing of tokenizers, rewards,
-actors or where weights come from. Not thread-safe: one thread drives it.
+Random numbers are counter-based: a response depends on the weights, the seed, its prompt's ordinal, its member index
+and the position, and not on what it is batched with or whether it was interrupted, beyond rounding of the logits;
+exactly so with fixed shapes. Knows nothing of rewards, actors or where weights come from. Not thread-safe, but for
+`prepare`: one thread drives it.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,15 +23,16 @@ import torch
 from torch import Tensor
 
 from ..model.config import ModelConfig
-from ..model.decode import Decoder, KvCache, fuse_weights
 from ..philox import Stream, uniforms
-from ..types import Finish
+from ..types import Finish, Origin
 from .requests import Chunk, Request, check_request
+from .runner import Batch, Runner
 from .sampling import sample
+from .scheduler import NUM_AHEAD, RESERVE_SHARE, Scheduler
+from .single import SingleRunner
 from .slots import Slots
-
-NUM_SPARE_SLOTS = 8
-"""Sequences that are prefilled together, ahead of need: a small prefill alone costs as much as a step."""
+from .stops import Detokenize, stops
+from .waiting import Waiting, sequences
 
 
 @dataclass(slots=True)
@@ -46,6 +46,8 @@ class EngineStats:
     num_finished: int = 0
     num_cancelled: int = 0
     """Responses, live or waiting, that a cancel ended."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Responses that were refused, by kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,36 +64,11 @@ class _Open:
 
     request: Request
     num_open: int
-
-
-@dataclass(slots=True)
-class _Prefilled:
-    slot: int
-    logits: Tensor
-    """[V], after the last token of the sequence"""
-    uniforms: np.ndarray
-    """float64 [members, max_new_tokens]"""
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A sequence and the members that wait to go on after it."""
-
-    request: Request
-    indices: list[int]
-    """Of the members, into the lists of `request`."""
-    tokens: np.ndarray
-    """int32 [n]: the prompt and, if they have one, their prefix"""
-    num_admitted: int = 0
-    prefilled: _Prefilled | None = None
-
-    @property
-    def num_members(self) -> int:
-        return len(self.indices) - self.num_admitted
+    origin: Origin
 
 
 class Engine:
-    """See the module. Weights, here and in `load`, are fp32, by Hugging Face name, and of policy version `version`."""
+    """See the module. Weights, here and in `prepare`, are fp32, by Hugging Face name, of policy version `version`."""
 
     def __init__(
         self,
@@ -105,25 +82,59 @@ class Engine:
         eos_id: int,
         seed: int,
         chunk_tokens: int = 32,
+        page_tokens: int = 16,
+        kv_tokens: int | None = None,
+        prefill_tokens: int = 512,
+        max_waiting: int = 65_536,
+        routes: bool = False,
+        fixed_shapes: bool = False,
+        detokenize: Detokenize | None = None,
+        runner: Runner | None = None,
+        worker: str = "",
+        precision: str = "float32",
     ) -> None:
-        _check_finite(weights, version)
+        """`kv_tokens`: room for the keys and values of so many tokens (default: for all slots at their longest; less
+        makes responses wait or give way). `prefill_tokens`: of prompts in one pass, at most, so that those that are
+        live do not wait. `max_waiting`: responses; what is beyond is refused. `runner` has pages and precision of its
+        own; without it the engine makes one. `worker` and `precision` are for the record (Origin).
+
+        Raises ValueError if the memory or the model's max_positions are less than one response may need.
+        """
+        max_len = max_prompt_tokens + max_new_tokens
+        if runner is None:
+            num_pages = enough_pages(num_slots, max_prompt_tokens, max_new_tokens, page_tokens)
+            if kv_tokens is not None:
+                num_pages = min(num_pages, kv_tokens // page_tokens)
+            runner = SingleRunner(
+                config, num_pages=num_pages, page_tokens=page_tokens, routes=routes, fixed_shapes=fixed_shapes
+            )
+        max_pages = -(-max_len // runner.page_tokens)
+        _check_room(config, runner, max_len, max_pages)
+        self._runner = runner
         self._config = config
-        self._decoder = Decoder(config, weights)
         self._version = version
         self._max_prompt_tokens = max_prompt_tokens
         self._max_new_tokens = max_new_tokens
         self._eos_id = eos_id
         self._seed = seed
         self._chunk_tokens = chunk_tokens
-        self._slots = Slots(num_slots=num_slots, max_new_tokens=max_new_tokens)
-        self._spare_slots = range(num_slots, num_slots + NUM_SPARE_SLOTS)
-        max_len = max_prompt_tokens + max_new_tokens
-        self._cache = KvCache(config, num_slots=num_slots + NUM_SPARE_SLOTS, max_len=max_len)
-        self._waiting: deque[_Waiting] = deque()
+        self._max_waiting = max_waiting
+        self._detokenize = detokenize
+        self._made_by = (
+            f"headrace num_slots={num_slots} page_tokens={runner.page_tokens} pages={runner.num_pages} "
+            f"prefill_tokens={prefill_tokens} max_prompt_tokens={max_prompt_tokens} max_new_tokens={max_new_tokens}"
+        )
+        self._worker, self._precision, self._exact = worker, precision, fixed_shapes
+        self._slots = Slots(
+            num_slots=num_slots, max_new_tokens=max_new_tokens, max_pages=max_pages, page_tokens=runner.page_tokens
+        )
+        self._scheduler = Scheduler(runner, self._slots, prefill_tokens=prefill_tokens)
         self._open: dict[int, _Open] = {}
+        self._num_open = 0
         self._outbox: list[Chunk] = []
-        """What earlier versions left to be handed out."""
+        """What earlier versions, and those that gave way, left to be handed out."""
         self._stats = EngineStats()
+        runner.load(self.prepare(version, weights).weights)
 
     @property
     def version(self) -> int:
@@ -137,12 +148,22 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Responses that wait for a slot. The queue has no bound of its own: whoever submits looks here."""
-        return sum(waiting.num_members for waiting in self._waiting)
+        """Responses that wait for a slot."""
+        return self._num_open - self._slots.num_live
 
     @property
     def stats(self) -> EngineStats:
         return self._stats
+
+    def kv_use(self) -> tuple[int, int]:
+        """Distinct tokens whose keys and values are held, and how many the pages in use have room for."""
+        room = self._scheduler.num_used_pages * self._runner.page_tokens
+        return room - self._scheduler.num_empty, room
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Its counts are worth a look: pages in use, places wasted, preemptions, the cap."""
+        return self._scheduler
 
     def check(self, request: Request) -> None:
         """Raises ValueError if `request` can't be generated as it is: see `check_request`."""
@@ -152,23 +173,36 @@ class Engine:
             max_prompt_tokens=self._max_prompt_tokens,
             max_new_tokens=self._max_new_tokens,
             eos_id=self._eos_id,
+            detokenize=self._detokenize,
         )
 
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises ValueError, and changes nothing, if it can't be generated or its key is in use."""
+        """Queues a request. Raises ValueError, and changes nothing, if it can't be generated or its key is in use.
+
+        If too many wait already, all its members are refused in the chunks of the next step.
+        """
         self.check(request)
         if request.key in self._open:
             raise ValueError(f"request key {request.key} is in use; wait for its responses, or cancel it")
-        self._open[request.key] = _Open(request, len(request.members))
-        self._waiting += _sequences(request)
+        if self.num_waiting + len(request.members) > self._max_waiting:
+            self._turn_away(request)
+            return
+        origin = Origin(
+            engine=self._made_by, worker=self._worker, seed=self._seed, sampling=request.sampling(),
+            precision=self._precision, exact=self._exact,
+        )  # fmt: skip
+        self._open[request.key] = _Open(request, len(request.members), origin)
+        self._num_open += len(request.members)
+        self._scheduler.waiting += sequences(request)
 
     def cancel(self, key: int) -> None:
         """Forgets a request and all of it that was not handed out. A key that is not in use is fine."""
         cancelled = self._open.pop(key, None)
         if cancelled is None:
             return
+        self._num_open -= cancelled.num_open
         self._stats.num_cancelled += cancelled.num_open
-        self._waiting = deque(waiting for waiting in self._waiting if waiting.request.key != key)
+        self._scheduler.cancel(key)
         self._outbox = [chunk for chunk in self._outbox if chunk.key != key]
         self._free(self._slots.of(key))
 
@@ -176,7 +210,7 @@ class Engine:
         """Hands out all tokens that were not handed out yet. Generation goes on after them."""
         chunks, self._outbox = self._outbox, []
         for slot in np.flatnonzero(self._slots.num_held_back()).tolist():
-            chunks.append(self._slots.hand_out(slot, self._version, ""))
+            chunks.append(self._hand_out(slot, ""))
         return chunks
 
     def prepare(self, version: int, weights: Mapping[str, np.ndarray]) -> Prepared:
@@ -184,138 +218,225 @@ class Engine:
 
         Raises FloatingPointError for weights that are not finite, ValueError for those of another model.
         """
-        _check_finite(weights, version)
-        return Prepared(version, fuse_weights(self._config, weights))
+        try:
+            return Prepared(version, self._runner.prepare(weights))
+        except (FloatingPointError, ValueError) as error:
+            raise type(error)(f"policy version {version}: {error}") from None
 
     def load(self, prepared: Prepared) -> None:
         """Swaps the weights, in no time: later tokens are of its version. Live responses go on over their old keys and
         values."""
-        self._decoder.weights = prepared.weights
         self._outbox = self.flush()
+        self._runner.load(prepared.weights)
         self._version = prepared.version
-        self._forget_prefilled()
+        self._scheduler.forget_computed()
+
+    def now_in(self, precision: str) -> None:
+        """Says, for the record, what precision later tokens are computed in."""
+        self._outbox = self.flush()
+        self._precision = precision
+        for opened in self._open.values():
+            opened.origin = replace(opened.origin, precision=precision)
+        self._slots.tell_origin()
 
     @torch.inference_mode()
     def step(self) -> list[Chunk]:
         """Adds a token to every live response, admits waiting ones with their first, and returns what is due.
 
         Due are responses that ended, responses with `chunk_tokens` more tokens, and what an earlier version left.
-        Raises FloatingPointError if log-probabilities are not finite: no response has changed then, and all are
-        computed anew, from their tokens so far, at the next step.
+        Responses whose log-probabilities are not finite are refused. Raises FloatingPointError if that are all of
+        several: the weights are bad, not the requests. No response has changed then, and all are computed anew, from
+        their tokens so far, at the next step.
         """
-        logits = self._decode()
-        if admitted := self._admit():
-            logits = torch.cat([logits, *admitted])
-        if len(logits) == 0:
+        self._scheduler.grow(self._preempt)
+        logits = [*self._forward(), *self._admit()]
+        if not logits:
             return self.flush()
         temperatures, randoms = self._slots.randomness()
-        drawn, drawn_logprobs = sample(logits, torch.from_numpy(temperatures), torch.from_numpy(randoms))
+        truncation = {name: torch.from_numpy(values) for name, values in self._slots.truncation().items()}
+        joined = logits[0] if len(logits) == 1 else torch.cat(logits)
+        drawn, drawn_logprobs = sample(joined, torch.from_numpy(temperatures), torch.from_numpy(randoms), **truncation)
         tokens, logprobs = drawn.numpy(), drawn_logprobs.numpy()
         if not np.isfinite(logprobs).all():
-            self._start_again()
-            raise FloatingPointError(f"policy version {self._version} gives log-probabilities that are not finite")
+            kept = self._refuse(~np.isfinite(logprobs))
+            tokens, logprobs = tokens[kept], logprobs[kept]
         self._slots.append(tokens, logprobs)
+        self._scheduler.cap.stepped()
         self._stats.num_steps += 1
         self._stats.num_generated_tokens += len(tokens)
-        return self._settle(stopped=tokens == self._eos_id)
+        return self._settle(np.equal(tokens, self._eos_id))
 
-    def _decode(self) -> Tensor:
-        """Feeds the newest tokens of all live responses; logits [num_live, V]."""
-        if self._slots.num_live == 0:
-            return torch.empty(0, self._config.vocab_size)
-        tokens, positions = self._slots.feed()
-        return self._decoder.step(self._cache, torch.from_numpy(tokens), torch.from_numpy(positions))
+    # A pass of the model ------------------------------------------------------------------------------------
+
+    def _forward(self) -> list[Tensor]:
+        """Runs the newest token of each live response and some of what waits. Returns the logits of the live ones."""
+        chunks, live = self._scheduler.chunks(), self._slots.num_live
+        if live and chunks and not self._runner.mixes:
+            return [self._run(live, []), self._run(0, chunks)][:1]
+        return [self._run(live, chunks)] if live else [self._run(0, chunks)][1:] if chunks else []
+
+    def _run(self, live: int, chunks: Sequence[tuple[Waiting, int]]) -> Tensor:
+        """One pass over the first `live` responses, all or none, and `chunks`; the logits of the former, [live, V]."""
+        out = self._runner.run(self._batch(live, chunks))
+        if live and out.routes is not None:
+            self._slots.keep_routes(out.routes[:live])
+        done, row, token = [], live, live
+        for waiting, count in chunks:
+            if out.routes is not None:
+                waiting.routes.append(out.routes[token : token + count])
+            token += count
+            waiting.num_cached += count
+            self._stats.num_prefilled_tokens += count
+            if not waiting.num_left:
+                waiting.logits, row = out.logits[row], row + 1
+                self._scheduler.computed(waiting)
+                done.append(waiting)
+        if done:
+            self._draw_randoms(done)
+        return out.logits[:live]
+
+    def _batch(self, live: int, chunks: Sequence[tuple[Waiting, int]]) -> Batch:
+        if not chunks:
+            tokens, positions = self._slots.feed()
+            return Batch(tokens, positions, np.ones(live, np.int64), self._slots.tables(), live, np.arange(live))
+        fed = self._slots.feed() if live else (np.zeros(0, np.int64), np.zeros(0, np.int64))
+        own = self._slots.tables() if live else np.zeros((0, 0), np.int32)
+        width = max([own.shape[1], *(len(w.pages) for w, _ in chunks if w.pages is not None)])
+        tables = np.zeros((live + len(chunks), width), np.int32)
+        tables[:live, : own.shape[1]] = own
+        for row, (waiting, _) in zip(tables[live:], chunks, strict=True):
+            assert waiting.pages is not None
+            row[: len(waiting.pages)] = waiting.pages
+        ranges = [(w, w.num_cached, w.num_cached + count) for w, count in chunks]
+        ends = [live + i for i, (w, _, end) in enumerate(ranges) if end == len(w.tokens)]
+        return Batch(
+            tokens=np.concatenate([fed[0], *(w.tokens[begin:end] for w, begin, end in ranges)], dtype=np.int64),
+            positions=np.concatenate([fed[1], *(np.arange(begin, end) for _, begin, end in ranges)]),
+            counts=np.array([1] * live + [count for _, count in chunks]),
+            tables=tables,
+            num_decode=live,
+            wanted=np.array([*range(live), *ends], np.int64),
+        )
+
+    def _draw_randoms(self, done: Sequence[Waiting]) -> None:
+        members = [w.request.members[index] for w in done for index in w.indices]
+        ordinals = [w.request.ordinal for w in done for _ in w.indices]
+        count = max(w.request.max_new_tokens for w in done)
+        drawn = uniforms(self._seed, Stream.SAMPLING, np.array(ordinals), np.array(members), count)
+        ends = np.cumsum([len(w.indices) for w in done])
+        for waiting, randoms in zip(done, np.split(drawn, ends[:-1]), strict=True):
+            waiting.uniforms = randoms
 
     def _admit(self) -> list[Tensor]:
-        """Gives free slots to those who wait, in order; the logits of their next tokens, [n, V] in all."""
+        """Gives slots to members of sequences whose logits are there, and returns those logits, a row for each."""
         logits = []
-        while self._waiting and self._slots.num_free:
-            waiting = self._waiting[0]
-            prefilled = waiting.prefilled or self._prefill()
-            first = waiting.num_admitted
-            waiting.num_admitted += min(waiting.num_members, self._slots.num_free)
-            taken = slice(first, waiting.num_admitted)
-            slots = self._slots.occupy(waiting.request, waiting.indices[taken], prefilled.uniforms[taken])
-            self._cache.copy(prefilled.slot, slots, len(waiting.tokens))
-            logits.append(prefilled.logits.expand(slots.stop - slots.start, -1))
-            if waiting.num_members == 0:
-                self._waiting.popleft()
+        for waiting, indices, tables in self._scheduler.admit():
+            assert waiting.logits is not None and waiting.uniforms is not None
+            first = waiting.num_admitted - len(indices)
+            randoms = waiting.uniforms[first : first + len(indices)]
+            routes = np.concatenate(waiting.routes) if waiting.routes else None
+            self._slots.occupy(waiting.request, indices, randoms, tables, routes)
+            logits.append(waiting.logits.expand(len(indices), -1))
         return logits
 
-    def _prefill(self) -> _Prefilled:
-        """Computes the sequences at the head of the queue, of which none is prefilled. Returns the first."""
-        batch = list(islice(self._waiting, NUM_SPARE_SLOTS))
-        slots = self._spare_slots[: len(batch)]
-        tokens = torch.from_numpy(np.concatenate([waiting.tokens for waiting in batch]).astype(np.int64))
-        lengths = [len(waiting.tokens) for waiting in batch]
-        logits = self._decoder.prefill(self._cache, tokens, lengths, torch.tensor(slots))
-        self._stats.num_prefilled_tokens += len(tokens)
-
-        members = [waiting.request.members[index] for waiting in batch for index in waiting.indices]
-        ordinals = [waiting.request.ordinal for waiting in batch for _ in waiting.indices]
-        count = max(waiting.request.max_new_tokens for waiting in batch)
-        drawn = uniforms(self._seed, Stream.SAMPLING, np.array(ordinals), np.array(members), count)
-        ends = np.cumsum([len(waiting.indices) for waiting in batch])
-        for waiting, slot, row, randoms in zip(batch, slots, logits, np.split(drawn, ends[:-1]), strict=True):
-            waiting.prefilled = _Prefilled(slot, row, randoms)
-        assert batch[0].prefilled is not None
-        return batch[0].prefilled
+    # Ends ---------------------------------------------------------------------------------------------------
 
     def _settle(self, stopped: np.ndarray) -> list[Chunk]:
         """Hands out what is due after a step and frees the slots of what ended. `stopped`: bool [num_live]."""
         chunks, self._outbox = self._outbox, []
+        for slot in self._slots.watched().tolist():
+            asked = self._slots.asked(slot)
+            written = self._slots.response(slot)[2]
+            stopped[slot] |= stops(written, asked.stop, asked.stop_strings, self._detokenize)
         ended = stopped | self._slots.used_up()
         due = ended | (self._slots.num_held_back() >= self._chunk_tokens)
         if not due.any():
             return chunks
         for slot in np.flatnonzero(due).tolist():
             finish: Finish = "" if not ended[slot] else "stop" if stopped[slot] else "length"
-            chunk = self._slots.hand_out(slot, self._version, finish)
+            chunk = self._hand_out(slot, finish)
             chunks.append(chunk)
             if finish:
+                self._stats.num_finished += 1
                 self._end(chunk.key)
         self._free(np.flatnonzero(ended))
         return chunks
 
+    def _hand_out(self, slot: int, finish: Finish, refusal: str = "") -> Chunk:
+        origin = self._open[self._slots.key(slot)].origin
+        return self._slots.hand_out(slot, self._version, finish, origin, refusal)
+
     def _end(self, key: int) -> None:
-        self._stats.num_finished += 1
+        self._num_open -= 1
         self._open[key].num_open -= 1
         if self._open[key].num_open == 0:
             del self._open[key]
 
-    def _free(self, slots: np.ndarray) -> None:
-        """`slots`: int64 [n], ascending."""
-        for source, target in self._slots.free(slots):
-            self._cache.copy(source, slice(target, target + 1), self._slots.num_cached(target))
+    def _free(self, slots: np.ndarray) -> np.ndarray:
+        """`slots`: int64 [n], ascending. Returns the pages that are free now."""
+        freed = [self._scheduler.give_back(self._slots.pages(slot)) for slot in slots.tolist()]
+        self._slots.free(slots)
+        return np.concatenate(freed) if freed else np.zeros(0, np.int64)
 
-    def _forget_prefilled(self) -> None:
-        for waiting in self._waiting:
-            waiting.prefilled = None
+    def _turn_away(self, request: Request) -> None:
+        why = f"queue full: {self.num_waiting} responses wait, and max_waiting is {self._max_waiting}; ask again later"
+        self._stats.refused["queue full"] += len(request.members)
+        none = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        for member in request.members:
+            self._outbox.append(
+                Chunk(key=request.key, member=member, version=self._version, tokens=none[0], logprobs=none[1],
+                      finish="refused", refusal=why)
+            )  # fmt: skip
+
+    def _refuse(self, bad: np.ndarray) -> np.ndarray:
+        """Ends the responses `bad` (bool [num_live]). Returns which slot each of the others was in, int64 [n]."""
+        if bad.all() and len(bad) > 1:
+            self._start_again()
+            raise FloatingPointError(f"policy version {self._version} gives log-probabilities that are not finite")
+        why = f"nan logits: policy version {self._version} gives log-probabilities that are not finite"
+        slots = np.flatnonzero(bad)
+        for slot in slots.tolist():
+            chunk = self._hand_out(slot, "refused", why)
+            self._outbox.append(chunk)
+            self._stats.refused["nan logits"] += 1
+            self._end(chunk.key)
+        kept = self._slots.after_free(slots)
+        # Numbers that are not finite would spoil whoever gets these pages next, even where they are masked.
+        freed = [self._free(slots), self._scheduler.forget_computed()]
+        self._runner.clear_pages(np.concatenate(freed))
+        return kept
+
+    def _preempt(self, slot: int) -> None:
+        """Puts a live response back to the head of the queue, to go on after its tokens when there is room."""
+        if self._slots.num_held_back()[slot]:
+            self._outbox.append(self._hand_out(slot, ""))
+        key, member, tokens = self._slots.response(slot)
+        request = replace(self._open[key].request, members=[member], prefixes=[tokens])
+        self._scheduler.waiting.extendleft(sequences(request))
+        self._free(np.array([slot]))
 
     def _start_again(self) -> None:
-        """Puts all live responses back at the head of the queue, to go on after their tokens over a clean cache."""
-        self._outbox = self.flush()
-        self._forget_prefilled()
-        live = [self._slots.response(slot) for slot in range(self._slots.num_live)]
-        for key, member, tokens in reversed(live):
-            request = replace(self._open[key].request, members=[member], prefixes=[tokens])
-            self._waiting.extendleft(_sequences(request))
-        self._slots.free(np.arange(len(live)))
-        self._cache.data.zero_()
+        """Puts all live responses back into the queue, to go on over a clean cache."""
+        while self._slots.num_live:
+            self._preempt(self._slots.newest())
+        self._scheduler.forget_computed()
+        self._runner.clear_pages(np.arange(self._runner.num_pages))
 
 
-def _sequences(request: Request) -> list[_Waiting]:
-    """One for all members that have written nothing, then one for each of the others."""
-    prompt, prefixes = request.prompt, request.prefixes or [request.prompt[:0]] * len(request.members)
-    fresh = [index for index, prefix in enumerate(prefixes) if len(prefix) == 0]
-    return ([_Waiting(request, fresh, prompt)] if fresh else []) + [
-        _Waiting(request, [index], np.concatenate([prompt, prefix]))
-        for index, prefix in enumerate(prefixes)
-        if len(prefix)
-    ]
+def enough_pages(num_slots: int, max_prompt_tokens: int, max_new_tokens: int, page_tokens: int) -> int:
+    """Pages with which no response ever waits for one or gives way: all slots at their longest, and what comes next."""
+    live = num_slots * -(-(max_prompt_tokens + max_new_tokens) // page_tokens)
+    return live + NUM_AHEAD * -(-max_prompt_tokens // page_tokens) + int(num_slots * RESERVE_SHARE) + 1
 
 
-def _check_finite(weights: Mapping[str, np.ndarray], version: int) -> None:
-    for name, tensor in weights.items():
-        if not np.isfinite(tensor).all():
-            raise FloatingPointError(f"{name} of policy version {version} is not finite; these weights are refused")
+def _check_room(config: ModelConfig, runner: Runner, max_len: int, max_pages: int) -> None:
+    if max_len > config.max_positions:
+        raise ValueError(
+            f"sequences of {max_len} tokens are longer than the model's max_positions {config.max_positions}; "
+            "raise model.max_positions or shorten prompts or answers"
+        )
+    if runner.num_pages < max_pages + 1:
+        raise ValueError(
+            f"a response may need {max_pages} pages of {runner.page_tokens} tokens, and one is always left over, but "
+            f"the KV memory has {runner.num_pages}; raise kv_tokens to {(max_pages + 1) * runner.page_tokens} or more"
+        )

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...runtime.exchange import Manifest, Receiver
+from ...runtime.exchange import Intake, Manifest, Route, Seat
 from .requests import Chunk, Request
 
 if TYPE_CHECKING:
     from .actor import Rollout
-    from .engine import Engine
+    from .engine import Engine, Prepared
+
+    Weights = Prepared | Mapping[str, np.ndarray]
 
 STEPS_PER_TURN = 16
 """Decode steps between two looks at what was asked for: each look costs the loop, which shares the core."""
@@ -37,7 +39,7 @@ class LocalBackend:
         # A stream's queue is bounded by the tokens that its requests may ask for.
         self._streams: dict[int, asyncio.Queue[list[Chunk]]] = {}
         self._engine: Engine | None = None
-        self._receiver = Receiver()
+        self._intake: Intake[Weights] = Intake(self._prepare)
         self._submitted: list[Request] = []
         self._cancelled: list[int] = []
         self._keys = 0
@@ -54,15 +56,18 @@ class LocalBackend:
             self._worker.background(self._generate(), name=f"generate/{number}")
 
     async def close(self) -> None:
-        self._receiver.close()
+        self._intake.close()
 
-    async def load(self, manifest: Manifest) -> None:
-        tensors = await self._receive(manifest)
-        await self._worker.in_thread(self._load, manifest.version, tensors)
+    def seat(self) -> Seat:
+        return self._intake.seat()
 
-    async def _receive(self, manifest: Manifest) -> Mapping[str, np.ndarray]:
-        """The tensors of a version, as the runner takes them."""
-        return await self._worker.in_thread(self._receiver.receive, manifest)
+    async def load(self, manifest: Manifest, route: Route | None = None) -> None:
+        weights = await self._receive(manifest, route)
+        await self._worker.in_thread(self._load, manifest.version, weights)
+
+    async def _receive(self, manifest: Manifest, route: Route | None) -> Weights:
+        """A version as `_load` takes it, received and prepared beside generation."""
+        return await self._intake.load(manifest, route)
 
     def check(self, request: Request) -> None:
         assert self._engine is not None
@@ -127,9 +132,10 @@ class LocalBackend:
         for key in cancelled:
             engine.cancel(key)
         chunks: list[Chunk] = []
+        idle = not self._busy_since
         for _ in range(STEPS_PER_TURN):
             chunks += engine.step()
-            if not engine.num_live:
+            if not engine.num_live or (idle and chunks):
                 break
         more = engine.num_live + engine.num_waiting > 0
         ended = time.perf_counter()
@@ -142,17 +148,25 @@ class LocalBackend:
         }  # fmt: skip
         return chunks, more
 
-    def _load(self, version: int, tensors: Mapping[str, np.ndarray]) -> None:
+    def _prepare(self, version: int, tensors: Mapping[str, np.ndarray]) -> Weights:
+        """On the weights' thread: makes the second buffer. The first weights wait for their engine as they are."""
+        if self._engine is None:
+            return {name: tensor.copy() for name, tensor in tensors.items()}
+        _import_torch()
+        return self._engine.prepare(version, tensors)
+
+    def _load(self, version: int, weights: Weights) -> None:
         """On the actor's thread, hence between two turns."""
-        from .engine import Engine
+        from .engine import Engine, Prepared
 
         if self._engine is not None:
-            self._engine.load(self._engine.prepare(version, tensors))
+            self._engine.load(weights if isinstance(weights, Prepared) else self._engine.prepare(version, weights))
             self._stats = {**self._stats, "version": version}
             return
+        assert not isinstance(weights, Prepared)
         worker = self._worker
         self._engine = Engine(
-            worker.model, tensors, version=version, num_slots=worker.num_slots,
+            worker.model, weights, version=version, num_slots=worker.num_slots,
             max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
             eos_id=worker.task.eos_id, seed=worker.run.seed, chunk_tokens=worker.chunk_tokens,
         )  # fmt: skip

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ...runtime import Actor, Ref, timeout
-from ...runtime.errors import ActorDied, CorruptWeights, StaleIncarnation, UnknownMessage
-from ...runtime.exchange import Manifest
-from ..patience import patiently
+from ...runtime.errors import ActorDied, UnknownMessage
+from ...runtime.exchange import Exchange, Manifest, Patience
 from ..types import Group
 from .answers import write_on
 
@@ -30,6 +29,9 @@ STATS_S = 2.0
 
 TOTALS = ("live", "waiting", "steps", "tokens", "prefilled_tokens", "busy_s")
 """What the numbers of several workers add up to; of others the largest counts."""
+
+PATIENCE = Patience(base_s=60.0)
+"""With the transfer of weights: a worker that starts may share its cores with all the others that do."""
 
 NEWS_S = 1.0
 """How long the news that a worker is down may come after the end of its stream."""
@@ -65,7 +67,6 @@ class Writer:
     leaving: bool = False
     groups: dict[int, tuple[Group, asyncio.Future[None]]] = field(default_factory=dict)
     """What it writes, by ordinal."""
-    arming: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def num_unfinished(self) -> int:
@@ -82,9 +83,10 @@ class RolloutPool:
         self._copies = actor.copies(name)
         self._writers: dict[str, Writer] = {}
         self._watching: dict[str, asyncio.Task[None]] = {}
-        self._manifest: Manifest | None = None
+        self._exchange = Exchange(
+            self._republish, patience=PATIENCE, on_held=self._held, on_lost=self._not_taken, background=actor.background
+        )
         self._published = 0.0
-        self._publishing = asyncio.Lock()
         self._news = asyncio.Event()
         self._waiting: Counter[int] = Counter()
         self._went_on: list[int] = []
@@ -119,9 +121,10 @@ class RolloutPool:
         ]  # fmt: skip
 
     def waits(self) -> list[str]:
-        """Who waits for a worker, in words."""
+        """Who waits for a worker, or takes weights, in words."""
         waiting = {version: count for version, count in self._waiting.items() if count}
-        return [f"{n} groups wait for a rollout worker that holds version {v} or newer" for v, n in waiting.items()]
+        groups = [f"{n} groups wait for a rollout worker that holds version {v} or newer" for v, n in waiting.items()]
+        return groups + self._exchange.waits()
 
     async def resize(self, count: int) -> list[str]:
         """Has `count` workers, and returns their names. New ones hold weights before their first token; what those that
@@ -141,6 +144,7 @@ class RolloutPool:
             left = await self._copies.names()
             for name in self._writers.keys() - set(left):
                 self._watching.pop(name).cancel()
+                self._exchange.leave(name)
                 del self._writers[name]
             for name in left:
                 self._add(name)
@@ -152,37 +156,31 @@ class RolloutPool:
 
     def publish(self, manifest: Manifest) -> None:
         """Has every worker take this version, the newest, while it goes on; returns at once."""
-        self._manifest, self._published = manifest, time.monotonic()
-        for writer in self._writers.values():
-            self._actor.background(self._arm(writer), name=f"arm {writer.name}")
+        self._published = time.monotonic()
+        self._exchange.offer(manifest)
+
+    def needed(self) -> dict[int, list[str]]:
+        """Versions that must stay where they are published, and the workers that need each."""
+        return self._exchange.needed()
 
     async def arm_first(self) -> None:
         """Returns when the first worker holds the newest version."""
-        await self._arm(next(iter(self._writers.values())))
+        first = next(iter(self._writers.values()))
+        while (manifest := self._exchange.manifest) is not None and first.holds != manifest.version:
+            self._require_any()
+            await self._news.wait()
 
-    async def _arm(self, writer: Writer) -> None:
-        """Gives a worker the newest version, whichever incarnation of it takes that."""
-        async with writer.arming:
-            while (manifest := self._manifest) and writer.holds != manifest.version and not writer.leaving:
-                incarnation = writer.incarnation
-                try:
-                    version = await patiently(lambda manifest=manifest: writer.ref.load(manifest))  # type: ignore[misc]
-                except (StaleIncarnation, CorruptWeights) as error:
-                    await self._renew(manifest, str(error))
-                    continue
-                except ActorDied:
-                    return  # It has stopped for good, or leaves: whoever watches it says so.
-                if writer.incarnation == incarnation or not incarnation:
-                    writer.holds = version
-                self._owner.armed(time.monotonic() - self._published)
-                self._tell()
+    async def _republish(self, version: int, needed: dict[int, list[str]]) -> Manifest:
+        return await self._owner.republish()
 
-    async def _renew(self, refused: Manifest, reason: str) -> None:
-        """Another manifest than `refused`, unless a newer version came between."""
-        async with self._publishing:
-            if self._manifest is refused:
-                self._actor.log("weights_not_taken", version=refused.version, reason=reason)
-                self._manifest = await self._owner.republish()
+    def _held(self, name: str, version: int) -> None:
+        self._writers[name].holds = version
+        self._owner.armed(time.monotonic() - self._published)
+        self._tell()
+
+    def _not_taken(self, name: str, why: str) -> None:
+        manifest = self._exchange.manifest
+        self._actor.log("weights_not_taken", worker=name, version=manifest and manifest.version, reason=why)
 
     # Writing ------------------------------------------------------------------------------------------------
 
@@ -265,9 +263,10 @@ class RolloutPool:
         async for status in self._actor.watch(writer.name):
             if status.state != "up" or status.incarnation != writer.incarnation:
                 writer.holds = NOTHING
+                self._exchange.leave(writer.name)
             if status.state == "up":
                 writer.incarnation = status.incarnation
-                self._actor.background(self._arm(writer), name=f"arm {writer.name}")
+                self._exchange.enter(writer.name, writer.ref, status.incarnation)
             elif status.state == "stopped" and not writer.leaving:
                 writer.stopped = status.reason or "orderly stop"
                 self._require_any()

@@ -109,10 +109,10 @@ class Schedule:
         return ", ".join(f"{phase} {kind}" for phase, kind in now.items()) + suffix
 
     def stats(self) -> dict[str, float]:
-        """For `Rollout.stats`: the metrics rollout/fp8_token_kl and rollout/precision/*."""
+        """For `Rollout.stats`, by the names of actors/report.py."""
         bits = {phase: FP8_BITS if self.of(phase) == "fp8" else FULL_BITS for phase in PHASES}
-        known = {} if self.token_kl is None else {"rollout/fp8_token_kl": self.token_kl}
-        return {**{f"rollout/precision/{phase}": float(n) for phase, n in bits.items()}, **known}
+        known = {} if self.token_kl is None else {"fp8_token_kl_nats": self.token_kl}
+        return {**{f"precision_bits/{phase}": float(n) for phase, n in bits.items()}, **known}
 
 
 Read = Callable[[Sequence[np.ndarray], Kind], "Tensor"]

@@ -41,6 +41,7 @@ class ScheduledRunner(SingleRunner):
         return {"full": full, "fp8": full._replace(layers=layers)}
 
     def load(self, weights: dict[Kind, DecoderWeights]) -> None:  # type: ignore[override]
+        super().load(weights["full"])
         self._forms = weights
 
     def run(self, batch: Batch) -> Forward:

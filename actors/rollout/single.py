@@ -26,6 +26,7 @@ class SingleRunner:
         num_pages: int,
         page_tokens: int,
         routes: bool = False,
+        fixed_shapes: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config = config
@@ -42,6 +43,7 @@ class SingleRunner:
 
     def load(self, weights: DecoderWeights) -> None:
         self._weights = weights
+        self._cache.expect(weights.layers)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Forward:

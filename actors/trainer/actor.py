@@ -124,9 +124,11 @@ class Trainer(Worker):
 
     @dispatch(RANK_ZERO)
     @message(thread=True, deadline_s=60.0)
-    def publish(self, version: int) -> Manifest:
-        """Lays the weights out in shared memory as `version`. Raises BadWeights if they are not finite."""
-        return self._publisher.publish(version, self._learner.weights())
+    def publish(self, version: int, keep: dict[int, list[str]] | None = None) -> Manifest:
+        """Lays the weights out as `version`, where rollout can get them; older versions in `keep`, and who needs each,
+        stay. Raises BadWeights if they are not finite, ExchangeFull if there is no memory for all of that.
+        """
+        return self._publisher.publish(version, self._learner.weights(), keep=keep)
 
     @dispatch(RANK_ZERO)
     @message(thread=True, deadline_s=120.0)

@@ -102,10 +102,10 @@ class DurableTrainer(_Durable[PolicyUpdate]):
             self._state.version += 1
         return metrics
 
-    async def publish(self) -> Manifest:
-        """The newest version, laid out for rollout."""
+    async def publish(self, keep: dict[int, list[str]] | None = None) -> Manifest:
+        """The newest version, laid out for rollout; what is in `keep`, and who needs it, stays."""
         async with self._lock:
-            manifest: Manifest = await self._ask(lambda: self._actor.publish(self._state.version))
+            manifest: Manifest = await self._ask(lambda: self._actor.publish(self._state.version, keep))
         return manifest
 
     async def checkpoint(self, name: str, files: dict[str, bytes], parts: dict[str, str]) -> str:

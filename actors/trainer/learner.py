@@ -156,14 +156,14 @@ class _Surrogate:
     def __call__(self, logits: Tensor, batch: MicroBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         log_softmax = _log_softmax(logits, self._temperature)
         logprobs = log_softmax.gather(1, batch.targets.unsqueeze(1)).squeeze(1)
-        total, weight, watched = totals.tokens, None, {}
+        total, weight = totals.tokens, None
         if self._objective.mean == "response":
             sizes = torch.tensor(batch.sizes)
             total, weight = totals.responses, (1 / sizes).repeat_interleave(sizes)
-        begun_from = batch.behaviour
+        begun_from, corrected = batch.behaviour, dict[str, Tensor]()
         if self._bound is not None:
             begun_from = batch.proximal if len(batch.proximal) else logprobs.detach()
-            correction, watched = _correction(begun_from, batch.behaviour, self._bound)
+            correction, corrected = _correction(begun_from, batch.behaviour, self._bound)
             weight = correction if weight is None else weight * correction
         result = policy_loss(logprobs, begun_from, batch.target, self._objective, total=total, weight=weight)
         detached = log_softmax.detach()
@@ -172,7 +172,7 @@ class _Surrogate:
             "clip_ratio": result.num_clipped,
             "behaviour_kl_nats": result.kl_sum,
             "ratio_max": result.ratio_max,
-            **watched,
+            **corrected,
         }  # fmt: skip
         if self._own is not None:
             loss = self._own(logprobs, batch.behaviour, batch.target, totals.tokens)

@@ -25,6 +25,8 @@ SIDE = 128
 NUM_CANDIDATES = 33
 """Scales that `range_search` tries: from amax / 448 down to half of it, in equal steps."""
 
+_SIGN_AND_CODE = -(2**31) + (0x7F << 20)
+
 Block = Literal["row", "1x128", "128x128"]
 """What shares a scale. The scales of x_RC are [R, 1], [R, ceil(C / 128)] or [ceil(R / 128), ceil(C / 128)]."""
 BLOCKS: tuple[Block, ...] = get_args(Block)
@@ -141,7 +143,14 @@ def range_search(w_RC: Tensor, moment_C: Tensor | None = None) -> Fitted:
 
 
 def _rounded(w: Tensor, scale: Tensor) -> Tensor:
-    return (w * (1.0 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    """The e4m3 numbers nearest to w / scale, for finite w.
+
+    As bits of a float32 a code is 2^120 times too small: its exponent counts from 7, not from 127. To multiply takes a
+    fraction of the time that torch's conversion takes on a CPU.
+    """
+    codes = (w * (1.0 / scale)).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    bits = (codes.view(torch.int8).int() << 20) & _SIGN_AND_CODE
+    return bits.view(torch.float32) * 2.0**120
 
 
 def _refit(moment: Tensor, w: Tensor, q: Tensor, otherwise: Tensor) -> Tensor:

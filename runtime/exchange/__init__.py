@@ -1,12 +1,19 @@
 """Weights from the process that makes them to the processes that use them.
 
-header.py    what is said of them: manifests, routes           payload.py   how they are laid out, verified
-carrier.py   the contract of carriers, and which serves whom
-shm.py       one host: buffers that both sides have mapped
+header.py        what is said of them: manifests, routes      payload.py      how they are laid out, and verified
+coordinator.py   brings each version to each member           intake.py       a member's end: receives, prepares
+carrier.py       the contract of carriers, who serves whom    convoy.py       leads those that all take part in
+shm.py           one host: memory that both sides have mapped (mapped.py)
+tree.py          hosts without GPUs: over ZeroMQ, from member to member (shelf.py serves)
+plan.py          from the ranks that hold to the ranks that want, box by box
 """
 
+from .coordinator import Exchange as Exchange
+from .coordinator import Patience as Patience
 from .header import Manifest as Manifest
 from .header import Route as Route
+from .header import Seat as Seat
 from .header import TensorSpec as TensorSpec
+from .intake import Intake as Intake
 from .shm import Publisher as Publisher
 from .shm import Receiver as Receiver

@@ -13,11 +13,9 @@ called on threads of their own, never on a loop. `abort` comes from another thre
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from ..codec import wire
-from .header import Manifest, Route
+from .header import Manifest, Route, Seat
 
 Tensors = Mapping[str, Any]
 """By name: numpy arrays on a host, cupy or torch ones on a GPU."""
@@ -79,37 +77,25 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-@wire
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Seat:
-    """Where a publisher or a member sits, and what it can do."""
+def choose(publisher: Seat, member: Seat, wanted: str = "auto") -> str:
+    """The best carrier that both have: through one GPU, between GPUs, through the memory of one host, else the tree.
 
-    host: str
-    """Of the machine's present boot, and of who may share memory on it."""
-    gpu: str = ""
-    """The UUID of its GPU; empty without one."""
-    carriers: tuple[str, ...] = ("shm", "tree")
-    address: str = ""
-    """Where others can fetch from it by the tree; empty if they can't."""
-    schema: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
-    """Name, dtype, shape of the tensors that it has, or wants; empty if it takes what comes."""
-
-
-def choose(publisher: Seat, member: Seat) -> str:
-    """The best carrier that both have: through one GPU, between GPUs, through the memory of one host, else the tree."""
+    `wanted` names one instead. Raises ValueError if it, or any, does not serve them.
+    """
     both = set(publisher.carriers) & set(member.carriers)
     gpus = bool(publisher.gpu and member.gpu)
     fits = {
         "ipc": gpus and publisher.gpu == member.gpu,
         "nccl": gpus and publisher.gpu != member.gpu,
         "shm": publisher.host == member.host,
-        "tree": True,
+        "tree": bool(publisher.address),
     }
-    for carrier, fit in fits.items():
-        if fit and carrier in both:
-            return carrier
+    able = [carrier for carrier, fit in fits.items() if fit and carrier in both]
+    if wanted in able or (wanted == "auto" and able):
+        return able[0] if wanted == "auto" else wanted
     raise ValueError(
-        f"no carrier serves both: the publisher has {', '.join(publisher.carriers) or 'none'}, the member has "
-        f"{', '.join(member.carriers) or 'none'}, and they are {'' if publisher.host == member.host else 'not '}"
-        "on one host; name one in cluster.toml that both have"
+        f"carrier {wanted!r} does not serve this publisher and this member: it has {', '.join(publisher.carriers)}"
+        f"{' and an address' if publisher.address else ' and no address'}, the member has "
+        f"{', '.join(member.carriers)}, and they are {'' if publisher.host == member.host else 'not '}on one host, "
+        f"{'with' if gpus else 'without'} GPUs both; possible: {', '.join(able) or 'none'}"
     )

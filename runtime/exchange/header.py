@@ -12,8 +12,10 @@ Knows nothing of carriers.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
@@ -41,7 +43,7 @@ def stored(dtype: str) -> np.dtype:
 
 def checksum(data: Buffer | np.ndarray) -> int:
     """Of a bucket: XXH3, 64 bits. Beside a copy that is in the cache it costs a sixth of it; zlib's crc32 costs 2.5."""
-    return xxhash.xxh3_64_intdigest(data)
+    return xxhash.xxh3_64_intdigest(data.data if isinstance(data, np.ndarray) else data)
 
 
 @wire
@@ -66,6 +68,37 @@ class TensorSpec:
 
 @wire
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """Where a publisher or a member sits, and what it can do."""
+
+    host: str = ""
+    """The same for processes that can map each other's memory; see `host_id`."""
+    gpu: str = ""
+    """The UUID of its GPU; empty without one."""
+    carriers: tuple[str, ...] = ("shm", "tree")
+    address: str = ""
+    """Where others can fetch from it by the tree; empty if they can't."""
+    schema: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+    """Name, dtype and shape of the tensors that a member wants; empty if it takes what comes."""
+
+    def mismatch(self, tensors: list[TensorSpec]) -> str:
+        """How `tensors` differ from the schema, with the values of both sides; "" if they do not."""
+        wanted = {name: f"{dtype} {list(shape)}" for name, dtype, shape in self.schema}
+        offered = {spec.name: str(spec) for spec in tensors}
+        names = [n for n in wanted | offered if wanted.get(n) != offered.get(n)] if wanted else []
+        found = [f"{n} is {offered.get(n, 'missing')}, wanted {wanted.get(n, 'nothing')}" for n in names[:4]]
+        more = f", and {len(names) - len(found)} more" if len(names) > len(found) else ""
+        return "; ".join(found) + more
+
+
+def host_id() -> str:
+    """Of the processes of one user that see each other: they may map each other's memory."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.readlink('/proc/self/ns/pid')}/{os.geteuid()}"
+
+
+@wire
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What a receiver must know of one version; published whole, it never changes."""
 
@@ -85,6 +118,8 @@ class Manifest:
     tensors: list[TensorSpec]
     checksums: list[int] = field(default_factory=list)
     """Of each bucket of the payload; the last one is shorter."""
+    seat: Seat = field(default_factory=Seat)
+    """The publisher's."""
 
     def check(self) -> None:
         """Raises CorruptWeights if it leads outside the payload: it comes from another process."""

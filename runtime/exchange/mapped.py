@@ -28,7 +28,6 @@ class Mapped:
         """-1 where only the mapping is kept."""
         self.manifest: Manifest | None = None
         """The publisher's: of the version that is whole in it."""
-        self.pins: set[str] = set()
         self.words = np.frombuffer(memory, np.uint64, HEADER_BYTES // 8)
         self.payload = np.frombuffer(memory, np.uint8, offset=HEADER_BYTES)
 
@@ -63,10 +62,6 @@ class Mapped:
             raise _full(manifest.name, manifest.nbytes, error.strerror or error) from None
         finally:
             os.close(fd)
-
-    def written(self) -> int:
-        """Number of what was written last, whole."""
-        return int(self.words[DONE])
 
     def holds(self, manifest: Manifest) -> bool:
         """Whether this memory has that version, whole."""

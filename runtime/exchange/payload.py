@@ -6,7 +6,7 @@ Knows nothing of where payloads come from.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .carrier import Copy
 
 _ZEROS = np.zeros(ALIGN, np.uint8)
-_MAX_FINITE = {
+MAX_FINITE: dict[str, tuple[type[Any], type[Any], int]] = {
     "<f2": (np.int16, np.uint16, 0x7C00), "bfloat16": (np.int16, np.uint16, 0x7F80),
     "<f4": (np.int32, np.uint32, 0x7F80 << 16), "<f8": (np.int64, np.uint64, 0x7FF << 52),
     "float8_e4m3fn": (np.int8, np.uint8, 0x7F),
@@ -71,9 +71,9 @@ def take(payload: np.ndarray, manifest: Manifest, targets: Mapping[str, np.ndarr
         for spec, begin, end in pieces:
             target = flat[spec.name][begin:end]
             np.copyto(target, payload[spec.offset + begin : spec.offset + end])
-            hasher.update(target)
+            hasher.update(target.data)
             if end == spec.nbytes:
-                hasher.update(_ZEROS[: min(-(spec.offset + end) % ALIGN, stop - spec.offset - end)])
+                hasher.update(_ZEROS[: min(-(spec.offset + end) % ALIGN, stop - spec.offset - end)].data)
         if hasher.intdigest() != expected:
             raise corrupt(manifest, pieces)
 
@@ -122,10 +122,10 @@ def refuse_non_finite(data: np.ndarray, spec: TensorSpec, version: int) -> None:
 
     As integers, what is not finite lies above all else of its sign: two maxima find it, at the speed of the cache.
     """
-    if spec.dtype not in _MAX_FINITE or not data.size:
+    if spec.dtype not in MAX_FINITE or not data.size:
         return
-    signed, unsigned, least = _MAX_FINITE[spec.dtype]
-    sign = np.iinfo(signed).max + 1
+    signed, unsigned, least = MAX_FINITE[spec.dtype]
+    sign = 1 << (8 * np.dtype(signed).itemsize - 1)
     if data.view(signed).max() < least and data.view(unsigned).max() < least + sign:
         return
     bad = int(((data.view(unsigned) & unsigned(sign - 1)) >= least).sum())

@@ -1,13 +1,13 @@
 """Weights from one process to others on the same host, by memory that both have mapped.
 
     publisher: buffer [header | version 7]   [header | version 8]   [header | version 9]   <- publish writes a free one
-                       pinned: a worker goes on with it   |            the newest stays
+                       kept: somebody goes on with it   |              the newest stays
     Manifest (a message) --> receiver: opens /proc/<pid>/fd/<fd>, maps, verifies; copies out, or reads where it lies
 
 A buffer is an anonymous file (memfd.py): the kernel frees it with its last holder, however that one dies. The header
 holds the generation twice, written before and after the bytes; a reader whose manifest names another one is refused.
-What nobody has pinned and is not the newest may be overwritten: with no pins at all, one version stays while the next
-is written. Knows nothing of models, and sends no message: manifests travel by whatever the caller has.
+What is not the newest, and that nobody needs, is overwritten: one version stays while the next is written. Knows
+nothing of models, and sends no message: manifests travel by whatever the caller has.
 """
 
 from __future__ import annotations
@@ -17,26 +17,31 @@ import secrets
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ..errors import BadWeights, CorruptWeights, ExchangeFull, StaleIncarnation
+from ..curve import Keys
+from ..errors import BadWeights, CorruptWeights, ExchangeFull
 from . import payload
 from .carrier import Copy
-from .header import BUCKET_BYTES, Manifest, Route
+from .header import BUCKET_BYTES, Manifest, Route, Seat, host_id
 from .mapped import BEGUN, DONE, INCARNATION, Mapped
+
+if TYPE_CHECKING:
+    from .tree import TreeSource
 
 
 class Publisher:
     """Owns the buffers. `publish` on one thread; readers need this process alive only until they have mapped a buffer.
 
-    `budget_bytes` bounds what older versions, pinned by those who still use them, may hold beside the newest.
+    `budget_bytes` bounds what older versions, kept for those who still use them, may hold; by default there may be one.
     """
 
     collective: ClassVar[bool] = False
 
-    def __init__(self, name: str, *, budget_bytes: int = 0) -> None:
+    def __init__(self, name: str, *, budget_bytes: int | None = None) -> None:
         self.name = name
         self.manifest: Manifest | None = None
         """The last version that was published whole."""
@@ -44,16 +49,33 @@ class Publisher:
         self._incarnation = secrets.randbits(63) | 1
         self._generation = 0
         self._buffers: list[Mapped] = []
+        self._seat = Seat(host=host_id())
+        self._tree: TreeSource | None = None
         self._lock = threading.Lock()
-        """Of pins and of which buffers there are: pins come from another thread than `publish`."""
+        """Of which buffers there are: the tree asks from a thread of its own."""
 
     @property
-    def versions(self) -> dict[int, list[str]]:
-        """The versions that are there, and who has pinned each."""
-        return {b.manifest.version: sorted(b.pins) for b in self._buffers if b.manifest is not None}
+    def versions(self) -> list[int]:
+        """The versions that are there."""
+        return sorted(b.manifest.version for b in self._buffers if b.manifest is not None)
 
-    def publish(self, version: int, tensors: Mapping[str, np.ndarray], *, bfloat16: Collection[str] = ()) -> Manifest:
-        """Copies `tensors` where receivers can get them; those named in `bfloat16` are its bits, in uint16.
+    def serve(self, address: str, keys: Keys | None = None) -> None:
+        """Lets members of other hosts fetch by the tree; see Shelf."""
+        from .tree import TreeSource
+
+        self._tree = TreeSource(self, address, keys=keys)
+        self._seat = replace(self._seat, address=self._tree.address)
+
+    def publish(
+        self,
+        version: int,
+        tensors: Mapping[str, np.ndarray],
+        *,
+        bfloat16: Collection[str] = (),
+        keep: Mapping[int, Sequence[str]] | None = None,
+    ) -> Manifest:
+        """Copies `tensors` where receivers can get them; those named in `bfloat16` are its bits, in uint16. Versions in
+        `keep` (and who needs each) are not overwritten, nor is the newest.
 
         Raises BadWeights (NaN, infinity, a dtype that can't travel, a version before the newest) or ExchangeFull; then
         `manifest` stays good.
@@ -64,7 +86,7 @@ class Publisher:
                 "a rewind to a checkpoint, say so first (Publisher.rewind)"
             )
         specs, nbytes = payload.layout(tensors, bfloat16)
-        buffer = self._free(version, nbytes)
+        buffer = self._free(version, nbytes, keep or {})
         self._generation += 1
         buffer.words[INCARNATION] = self._incarnation
         buffer.words[BEGUN] = self._generation
@@ -81,6 +103,7 @@ class Publisher:
             bucket_bytes=BUCKET_BYTES,
             tensors=specs,
             checksums=checksums,
+            seat=self._seat,
         )
         return self.manifest
 
@@ -91,34 +114,21 @@ class Publisher:
             self._incarnation = secrets.randbits(63) | 1
             for buffer in self._buffers:
                 buffer.manifest = None
-                buffer.pins.clear()
 
-    def pin(self, version: int, who: str) -> Manifest:
-        """Keeps a version until `who` unpins it. Raises StaleIncarnation if it is not there any more."""
+    def written(self, incarnation: int, generation: int) -> tuple[Manifest, np.ndarray] | None:
+        """What was written as number `generation`, and its bytes, uint8; None if it is not there any more."""
         with self._lock:
-            held = [b for b in self._buffers if b.manifest is not None and b.manifest.version == version]
-            if not held:
-                have = ", ".join(map(str, sorted(self.versions))) or "none"
-                raise StaleIncarnation(f"version {version} of {self.name} can't be kept for {who}: there are {have}")
-            buffer = max(held, key=Mapped.written)
-            buffer.pins.add(who)
-            assert buffer.manifest is not None
-            return buffer.manifest
-
-    def unpin(self, who: str, version: int | None = None) -> None:
-        """`who` does without a version, or without any."""
-        with self._lock:
+            wanted = incarnation, generation
             for buffer in self._buffers:
-                if buffer.manifest is not None and version in (None, buffer.manifest.version):
-                    buffer.pins.discard(who)
-
-    def payload(self, generation: int) -> np.ndarray | None:
-        """The bytes of what was written as number `generation`, uint8; None if they are not there any more."""
-        found = next((b for b in self._buffers if b.manifest and b.manifest.generation == generation), None)
-        return None if found is None else found.payload
+                if (held := buffer.manifest) is not None and (held.incarnation, held.generation) == wanted:
+                    return held, buffer.payload
+        return None
 
     def close(self) -> None:
         """Frees the buffers (receivers that have them mapped keep them until they close)."""
+        if self._tree is not None:
+            self._tree.close()
+            self._tree = None
         for buffer in self._buffers:
             buffer.close()
         self._buffers.clear()
@@ -133,13 +143,15 @@ class Publisher:
 
     def abort(self, epoch: int) -> None: ...
 
-    def _free(self, version: int, nbytes: int) -> Mapped:
+    def _free(self, version: int, nbytes: int, keep: Mapping[int, Sequence[str]]) -> Mapped:
         """A buffer to write to. Raises ExchangeFull."""
         with self._lock:
-            newest = self.manifest
-            kept = [b for b in self._buffers if b.pins and b.manifest is not newest]
-            free = [b for b in self._buffers if not b.pins and (newest is None or b.manifest is not newest)]
-            self._refuse_to_keep(kept, version)
+            older = [b for b in self._buffers if b.manifest is not None and b.manifest is not self.manifest]
+            kept = [b for b in older if b.manifest is not None and b.manifest.version in keep]
+            self._refuse_to_keep(kept, version, nbytes, keep)
+            free = [
+                b for b in self._buffers if b not in kept and (b.manifest is None or b.manifest is not self.manifest)
+            ]
             fitting = next((b for b in free if len(b.payload) >= nbytes), None)
             for buffer in free:
                 buffer.manifest = None
@@ -153,14 +165,16 @@ class Publisher:
             self._buffers.append(buffer)
         return buffer
 
-    def _refuse_to_keep(self, kept: list[Mapped], version: int) -> None:
+    def _refuse_to_keep(self, kept: list[Mapped], version: int, nbytes: int, keep: Mapping[int, Sequence[str]]) -> None:
         held = sum(len(buffer.payload) for buffer in kept)
-        if held > self._budget_bytes:
-            holders = "; ".join(f"{b.manifest.version} for {', '.join(sorted(b.pins))}" for b in kept if b.manifest)
+        budget = len(kept[0].payload) if self._budget_bytes is None and kept else self._budget_bytes or 0
+        if held > budget:
+            versions = sorted(buffer.manifest.version for buffer in kept if buffer.manifest)
+            holders = "; ".join(f"version {number} for {', '.join(keep[number])}" for number in versions)
             raise ExchangeFull(
-                f"version {version} of {self.name} was not published: older versions hold {held >> 20} MiB of memory, "
-                f"and the budget for them is {self._budget_bytes >> 20} MiB (version {holders}); have these go on with "
-                "the newest version, or raise the budget"
+                f"version {version} of {self.name} ({nbytes / 2**20:.1f} MiB) was not published: older versions hold "
+                f"{held / 2**20:.1f} MiB of memory, and their budget is {budget / 2**20:.1f} MiB ({holders}); "
+                "have these go on with the newest version, or raise the budget"
             )
 
 

@@ -17,7 +17,8 @@ from ..errors import BadWeights, CorruptWeights
 from . import fp8
 from .boxes import Box
 from .buckets import Bucket, Schedule
-from .header import BucketHeader, checksum, stored
+from .header import BucketHeader, TensorSpec, checksum, stored
+from .payload import refuse_non_finite
 
 HEADER_BYTES = 128
 """Of which BucketHeader takes a part; the rest keeps what follows aligned."""
@@ -44,12 +45,12 @@ def pack(
 ) -> np.ndarray:
     """Writes header and boxes into `out`, uint8 [HEADER_BYTES + bucket_bytes or more]; returns the part it filled.
 
-    Raises BadWeights if what shall be quantized is not finite.
+    Raises BadWeights if a value is not finite.
     """
     end = HEADER_BYTES + bucket.nbytes
     payload = out[HEADER_BYTES:end]
     for row in range(bucket.first, bucket.last):
-        box, dtype = _box(schedule, arrays, row, sending=True)
+        box, dtype = box_of(schedule, arrays, row, sending=True)
         target = payload[schedule.offset[row] :]
         if schedule.quantized(row):
             _quantize(
@@ -57,6 +58,7 @@ def pack(
             )
         else:
             np.copyto(target[: box.nbytes].view(box.dtype).reshape(box.shape), box)
+            refuse_non_finite(target[: box.nbytes], _spec(schedule, row), version)
     header = BucketHeader(
         version=version, epoch=epoch, incarnation=0, generation=0, index=bucket.number, num_buckets=bucket.num_buckets,
         nbytes=bucket.nbytes, checksum=checksum(payload), source=bucket.source, dest=bucket.dest,
@@ -84,11 +86,11 @@ def unpack(
         )
     if checksum(payload) != header.checksum:
         raise CorruptWeights(
-            f"bucket {bucket.number} from rank {bucket.source} to {bucket.dest} of version {version} does not match its "
-            "checksum; send the version again"
+            f"bucket {bucket.number} from rank {bucket.source} to {bucket.dest} of version {version} does not match "
+            "its checksum; send the version again"
         )
     for row in range(bucket.first, bucket.last):
-        box, dtype = _box(schedule, arrays, row, sending=False)
+        box, dtype = box_of(schedule, arrays, row, sending=False)
         source = payload[schedule.offset[row] :]
         if schedule.quantized(row):
             _dequantize(source, dtype, box)
@@ -105,12 +107,17 @@ def copy_local(schedule: Schedule, source: Arrays, dest: Arrays) -> None:
         )
 
 
-def _box(schedule: Schedule, arrays: Arrays, row: int, *, sending: bool) -> tuple[np.ndarray, str]:
+def box_of(schedule: Schedule, arrays: Arrays, row: int, *, sending: bool) -> tuple[np.ndarray, str]:
     """The part of an array that row `row` of the schedule means, and its dtype."""
     moves, plan = schedule.moves, schedule.plan
     held = (plan.source.held[moves.source_held[row]]) if sending else plan.dest.held[moves.dest_held[row]]
     at = (moves.source_at if sending else moves.dest_at)[row].tolist()
     return _part(arrays[held.name], at, moves.shape[row].tolist()), plan.wholes[moves.whole[row]].dtype
+
+
+def _spec(schedule: Schedule, row: int) -> TensorSpec:
+    whole = schedule.plan.wholes[schedule.moves.whole[row]]
+    return TensorSpec(name=whole.name, dtype=whole.dtype, shape=whole.shape, offset=0)
 
 
 def _part(array: np.ndarray, at: list[int], shape: list[int]) -> np.ndarray:

@@ -25,7 +25,8 @@ class Link(Protocol):
         """Begins to send uint8 [n]; what it returns waits until `data` may be overwritten."""
 
     def receive(self, source: int, into: np.ndarray) -> np.ndarray:
-        """Waits for what `source` sends, and puts it into the front of `into`, uint8; returns that part."""
+        """Waits for what `source` sends, uint8 [n]: in the front of `into`, or in memory of the link's own, which stays
+        as it is until the next call."""
 
 
 class Transfer:

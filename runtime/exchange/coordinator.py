@@ -1,0 +1,339 @@
+"""Brings every version to every member, whoever dies, stops or is slow on the way.
+
+    publish(version) -> lay_out: the publisher's manifest, the newest from here on
+                              |
+    member --- follows: takes the newest, then the newest after that ---> holds[name]
+           '-- dead, past its deadline, failing: lost; tried again after a while, or with the next version
+
+Each member is followed by a task of its own: one that fails costs the others nothing, what was published meanwhile is
+coalesced to the newest, and who joins late is given the newest at once. Every join, leave and loss begins a new epoch,
+and so does what has to be repeated; members refuse what is of an old one. Members of a collective carrier are led
+together by a convoy. Lives where the run's state does; knows members and publishers by a few messages, and nothing of
+what the weights are for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..deadline import timeout
+from ..errors import BadWeights, CorruptWeights, RuntimeFault, StaleIncarnation, TransferFailed
+from .carrier import choose
+from .header import Manifest, Route, Seat
+from .tree import sources_of
+
+NOTHING = -1
+"""Version of a member that holds no weights."""
+
+GRACE_S = 0.5
+"""A member has so much longer than its transfer, to say why that failed."""
+
+
+class Port(Protocol):
+    """A member, as it is reached by messages: a ref to an actor that has them will do."""
+
+    async def seat(self) -> Seat:
+        """Where it is, and what it wants."""
+
+    async def load(self, manifest: Manifest, route: Route) -> int:
+        """Takes a version and returns its number. Raises RuntimeFault and keeps what it has."""
+
+
+LayOut = Callable[[int, dict[int, list[str]]], Awaitable[Manifest]]
+"""Has the publisher lay out what it has as this version, and keep those that the names given still need."""
+
+Roster = Callable[[], Awaitable[Mapping[str, tuple[Port, int]]]]
+"""Who is to be a member now, by name: how it is reached, and which incarnation of it that is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a transfer may take."""
+
+    base_s: float = 5.0
+    least_bytes_per_s: float = 50e6
+    """Slower than that, and it is given up."""
+    stall_s: float = 0.25
+    """See Route."""
+    again_s: tuple[float, float] = (1.0, 30.0)
+    """Until one that is lost is tried again, first and at most; it doubles from time to time."""
+
+
+@dataclass(slots=True)
+class _Member:
+    name: str
+    port: Port
+    incarnation: int
+    seat: Seat | None = None
+    holds: int = NOTHING
+    taking: int | None = None
+    since: float = 0.0
+    carrier: str = ""
+    lost: str = ""
+    """Why; empty while it takes what it is given."""
+    refused: Exception | None = None
+    """Why what was tried can never be taken there."""
+    tried: Manifest | None = None
+    """What failed there."""
+    failures: int = 0
+    """Since it took something."""
+    task: asyncio.Task[None] | None = None
+
+    def lacks(self, manifest: Manifest | None) -> bool:
+        """Whether it is to be given that, now."""
+        return manifest is not None and manifest is not self.tried and manifest.version != self.holds
+
+
+class Exchange:
+    """One per publisher. Its tasks are those of `background`, by default of the loop: close it."""
+
+    def __init__(
+        self,
+        lay_out: LayOut,
+        *,
+        carrier: str = "auto",
+        patience: Patience | None = None,
+        roster: Roster | None = None,
+        on_held: Callable[[str, int], None] = lambda name, version: None,
+        on_lost: Callable[[str, str], None] = lambda name, why: None,
+        background: Callable[..., asyncio.Task[None]] | None = None,
+    ) -> None:
+        """`on_held`, `on_lost` are told when a member has taken a version, or why it is lost."""
+        self.manifest: Manifest | None = None
+        """The newest."""
+        self.epoch = time.time_ns() // 1_000_000
+        """Of the membership. It begins above all that another exchange over these members can have reached."""
+        self._lay_out = lay_out
+        self._carrier = carrier
+        self._patience = patience or Patience()
+        self._roster = roster
+        self._on_held, self._on_lost = on_held, on_lost
+        self._background = background or _task
+        self._members: dict[str, _Member] = {}
+        self._kept: dict[str, int] = {}
+        self._publishing = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._wanted = NOTHING
+
+    @property
+    def holds(self) -> dict[str, int]:
+        """The version that each member holds; NOTHING for none."""
+        return {member.name: member.holds for member in self._members.values()}
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Members that did not take what they were given last, and why."""
+        return {member.name: member.lost for member in self._members.values() if member.lost}
+
+    async def join(self, name: str, port: Port, incarnation: int = 0) -> int:
+        """A member comes, or comes back. Returns once it holds the newest version, that version; NOTHING if there is
+        none yet.
+
+        Raises BadWeights if its tensors are others than those that are published, ValueError if no carrier serves it:
+        then it is no member. Raises TransferFailed if it does not take them now: it is tried again.
+        """
+        member = self.enter(name, port, incarnation)
+        try:
+            return await self._settled(member)
+        except (BadWeights, ValueError):
+            self.leave(name)
+            raise
+
+    def enter(self, name: str, port: Port, incarnation: int = 0) -> _Member:
+        """As `join`, and waits for nothing."""
+        self.leave(name)
+        member = self._members[name] = _Member(name, port, incarnation)
+        self.epoch += 1
+        member.task = self._background(self._follow(member), name=f"weights of {name}")
+        return member
+
+    def leave(self, name: str) -> None:
+        """A member goes, or has gone: nothing more is brought to it, or kept for it."""
+        member = self._members.pop(name, None)
+        self._kept.pop(name, None)
+        if member is not None:
+            self.epoch += 1
+            member.lost = "it left"
+            if member.task is not None:
+                member.task.cancel()
+            self._tell()
+
+    async def publish(self, version: int) -> Manifest:
+        """Has `version` laid out, and members take it from now on; returns when it is laid out. Of publishes that come
+        while one is laid out, the newest alone is done.
+
+        First the members are compared with the roster: who is missing leaves, who is new or another joins. Raises what
+        `lay_out` raises; then members stay with what was published before.
+        """
+        self._wanted = max(self._wanted, version)
+        async with self._publishing:
+            if self._wanted != NOTHING or self.manifest is None or self.manifest.version < version:
+                await self._reconcile()
+                wanted, self._wanted = max(self._wanted, version), NOTHING
+                self.offer(await self._lay_out(wanted, self.needed()))
+            assert self.manifest is not None
+            return self.manifest
+
+    def offer(self, manifest: Manifest) -> None:
+        """Has members take what was laid out by somebody else; returns at once."""
+        self.manifest = manifest
+        self._tell()
+
+    async def settled(self) -> dict[str, int]:
+        """Waits until every member holds the newest version or is lost; `holds`."""
+        for member in list(self._members.values()):
+            try:
+                await self._settled(member)
+            except (RuntimeFault, TimeoutError):
+                continue  # It is in `lost`.
+        return self.holds
+
+    def keep(self, name: str, version: int) -> None:
+        """Somebody goes on with an older version: it stays, for others that need it, until `release(name)`."""
+        self._kept[name] = version
+
+    def release(self, name: str) -> None:
+        self._kept.pop(name, None)
+
+    def waits(self) -> list[str]:
+        """Who takes what, by which carrier, since when; and who is lost."""
+        now = time.monotonic()
+        taking = [
+            f"{m.name} takes version {m.taking} by {m.carrier}, for {now - m.since:.1f} s"
+            for m in self._members.values()
+            if m.taking is not None
+        ]
+        return taking + [f"{name} is lost: {why}" for name, why in self.lost.items()]
+
+    async def close(self) -> None:
+        """Ends all transfers."""
+        tasks = [member.task for member in self._members.values() if member.task is not None]
+        for name in list(self._members):
+            self.leave(name)
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _follow(self, member: _Member) -> None:
+        """Brings one member version after version."""
+        while True:
+            changed, manifest = self._changed, self.manifest
+            if manifest is not None and member.lacks(manifest):
+                await self._bring(member, manifest)
+                self._tell()
+                continue
+            try:
+                async with asyncio.timeout(self._until_again(member)):
+                    await changed.wait()
+            except TimeoutError:
+                member.tried = None
+
+    def _until_again(self, member: _Member) -> float | None:
+        if not member.lost or member.refused is not None:
+            return None
+        first, most = self._patience.again_s
+        return min(first * 2.0 ** (member.failures - 1), most)
+
+    async def _bring(self, member: _Member, manifest: Manifest) -> None:
+        """One transfer to one member. What went wrong is its `lost`."""
+        patience = self._patience
+        deadline_s = patience.base_s + manifest.nbytes / patience.least_bytes_per_s
+        try:
+            member.taking, member.since = manifest.version, time.monotonic()
+            async with timeout(deadline_s + GRACE_S):
+                if member.seat is None:
+                    member.seat = await member.port.seat()
+                self._admit(member, member.seat, manifest)
+                member.holds = await member.port.load(manifest, self._route(member, manifest, deadline_s))
+        except (StaleIncarnation, CorruptWeights) as error:
+            await self._again(member, manifest, error)
+        except (RuntimeFault, TimeoutError, ValueError) as error:
+            member.refused = error if isinstance(error, BadWeights | ValueError) else None
+            self._lose(member, manifest, f"{type(error).__name__}: {error}")
+        else:
+            member.lost, member.tried, member.refused, member.failures = "", None, None, 0
+            self._on_held(member.name, member.holds)
+        finally:
+            member.taking = None
+
+    async def _again(self, member: _Member, manifest: Manifest, error: RuntimeFault) -> None:
+        """What was laid out is not there any more, or damaged. It is laid out anew, unless that has happened."""
+        if manifest is not self.manifest:
+            return None
+        if member.tried is not None and member.tried.version == manifest.version:
+            return self._lose(member, manifest, f"{type(error).__name__}: {error}")
+        member.tried = manifest
+        try:
+            await self.publish(manifest.version)
+        except (RuntimeFault, TimeoutError) as fault:
+            self._lose(member, manifest, f"{type(error).__name__}: {error}; and it can't be published again: {fault}")
+        return None
+
+    def _lose(self, member: _Member, manifest: Manifest, why: str) -> None:
+        member.tried, member.lost = manifest, why
+        member.failures += 1
+        self.epoch += 1
+        self._on_lost(member.name, why)
+
+    async def _settled(self, member: _Member) -> int:
+        """Waits until it holds the newest; raises TransferFailed once it is lost."""
+        while self.manifest is not None and member.holds != self.manifest.version:
+            if member.lost and (not member.lacks(self.manifest) or self._members.get(member.name) is not member):
+                if member.refused is not None:
+                    raise member.refused
+                raise TransferFailed(f"{member.name} has not taken version {self.manifest.version}: {member.lost}")
+            await self._changed.wait()
+        return member.holds
+
+    def _tell(self) -> None:
+        """Whoever waits for a change looks again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _admit(self, member: _Member, seat: Seat, manifest: Manifest) -> None:
+        """Raises BadWeights, ValueError if the member can't take what is published."""
+        if found := seat.mismatch(manifest.tensors):
+            raise BadWeights(f"{member.name} can't take version {manifest.version} of {manifest.name}: {found}")
+        member.carrier = choose(manifest.seat, seat, self._carrier)
+
+    def _route(self, member: _Member, manifest: Manifest, deadline_s: float) -> Route:
+        live = [m for m in self._members.values() if not m.lost]
+        if member not in live:
+            live.append(member)
+        rank = live.index(member) + 1
+        sources: tuple[str, ...] = ()
+        if member.carrier == "tree":
+            tree = [m for m in live if m.carrier == "tree"]
+            addresses = [manifest.seat.address, *(m.seat.address if m.seat else "" for m in tree)]
+            sources = sources_of(tree.index(member) + 1, addresses)
+        return Route(
+            carrier=member.carrier, epoch=self.epoch, members=(manifest.name, *(m.name for m in live)), rank=rank,
+            sources=sources, deadline_s=deadline_s, stall_s=self._patience.stall_s,
+        )  # fmt: skip
+
+    def needed(self) -> dict[int, list[str]]:
+        """Versions that must stay, and who needs each."""
+        needed: dict[int, list[str]] = {}
+        for name, version in [*self._kept.items(), *((m.name, m.taking) for m in self._members.values())]:
+            if version is not None:
+                needed.setdefault(version, []).append(name)
+        return needed
+
+    async def _reconcile(self) -> None:
+        """Makes the members those of the roster."""
+        if self._roster is None:
+            return
+        wanted = await self._roster()
+        for name in [name for name in self._members if name not in wanted]:
+            self.leave(name)
+        for name, (port, incarnation) in wanted.items():
+            member = self._members.get(name)
+            if member is None or member.incarnation != incarnation:
+                self.enter(name, port, incarnation)
+
+
+def _task(work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+    return asyncio.get_running_loop().create_task(work, name=name)

@@ -1,0 +1,121 @@
+"""A member's end of an exchange: receives versions on a thread of its own, while the others of its process go on.
+
+    load(manifest, route) -> [weights' thread] sink.receive -> prepare -> what is to be swapped in, on the caller's loop
+                                  one after the other            |
+    cancelled, or a higher epoch: aborted  <--------------------'
+
+What is received is the second buffer: nothing that is in use is written to, so whatever goes wrong leaves the version
+before. The thread has a low priority: it takes the time that generation leaves. Knows nothing of what `prepare` makes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from ..errors import BadWeights, TransferFailed
+from ..thread import WorkThread
+from .carrier import Sink
+from .header import Manifest, Route, Seat, host_id
+from .shm import Receiver
+
+T = TypeVar("T")
+Prepare = Callable[[int, Mapping[str, np.ndarray]], T]
+
+NICENESS = 10
+"""Of the weights' thread."""
+
+
+class Intake(Generic[T]):
+    """One per member. `prepare(version, tensors)`, on the weights' thread, makes of the tensors what the member uses;
+    it copies what it keeps."""
+
+    def __init__(self, prepare: Prepare[T], sinks: Mapping[str, Sink] | None = None) -> None:
+        """`sinks`: of carriers beside shared memory, by name."""
+        self._prepare = prepare
+        self._receiver = Receiver()
+        self._sinks: dict[str, Sink] = {"shm": self._receiver, **(sinks or {})}
+        self._thread: WorkThread | None = None
+        self._turn = asyncio.Lock()
+        self._epoch = -1
+        self._last: tuple[int, int] | None = None
+        """Incarnation and version of what was taken last."""
+
+    def seat(self, schema: tuple[tuple[str, str, tuple[int, ...]], ...] = ()) -> Seat:
+        """For the exchange; see Seat."""
+        address = next((sink.address for sink in self._sinks.values() if hasattr(sink, "address")), "")
+        return Seat(host=host_id(), carriers=tuple(self._sinks), address=address, schema=schema)
+
+    async def load(self, manifest: Manifest, route: Route | None = None) -> T:
+        """Receives a version and prepares it; cancelled, it stops soon.
+
+        Raises BadWeights (an older version than the last, or what `prepare` refuses), TransferFailed (aborted, or the
+        epoch is over) and what the sink's `receive` raises.
+        """
+        route = route or Route(carrier="shm")
+        self._refuse(manifest, route)
+        if route.epoch > self._epoch:
+            self.retire(route.epoch - 1)
+        async with self._turn:
+            self._refuse(manifest, route)
+            self._thread = self._thread or WorkThread("weights")
+            work = asyncio.ensure_future(self._thread.run(self._receive, manifest, route))
+            try:
+                prepared = await asyncio.shield(work)
+            except asyncio.CancelledError:
+                self._sinks[route.carrier].abort(route.epoch)
+                work.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await work
+                raise
+            self._last = manifest.incarnation, manifest.version
+            return prepared
+
+    async def prepare(self, version: int, tensors: Mapping[str, np.ndarray]) -> T:
+        """`prepare` on the weights' thread, of tensors that came another way."""
+        async with self._turn:
+            self._thread = self._thread or WorkThread("weights")
+            return await self._thread.run(self._prepare, version, tensors)
+
+    def retire(self, epoch: int) -> None:
+        """Nothing of this epoch or an earlier one goes on."""
+        self._epoch = max(self._epoch, epoch)
+        for sink in self._sinks.values():
+            sink.abort(epoch)
+
+    def close(self) -> None:
+        for sink in self._sinks.values():
+            sink.close()
+        if self._thread is not None:
+            self._thread.close()
+
+    def _refuse(self, manifest: Manifest, route: Route) -> None:
+        if route.members and route.epoch <= self._epoch:
+            raise TransferFailed(f"epoch {route.epoch} of {manifest.name} is over, epoch {self._epoch + 1} has begun")
+        if route.carrier not in self._sinks:
+            raise TransferFailed(f"no carrier {route.carrier!r} here; there are {', '.join(self._sinks)}")
+        if self._last is not None and self._last[0] == manifest.incarnation and manifest.version < self._last[1]:
+            raise BadWeights(
+                f"version {manifest.version} of {manifest.name} can't follow {self._last[1]}: versions never go back"
+            )
+
+    def _receive(self, manifest: Manifest, route: Route) -> T:
+        """On the weights' thread."""
+        _give_way()
+        if route.carrier == "shm":
+            with self._receiver.hold(manifest) as tensors:
+                return self._prepare(manifest.version, tensors)
+        tensors = self._sinks[route.carrier].receive(manifest, route)
+        return self._prepare(manifest.version, tensors)
+
+
+def _give_way() -> None:
+    """Lowers the priority of this thread, where the system lets it."""
+    with suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -1,0 +1,271 @@
+"""The exchange over its members: coalescing, late joiners, losses, epochs, refusals. Publishers, intakes are real."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from headrace.runtime.errors import BadWeights, ExchangeFull, TransferFailed
+from headrace.runtime.exchange import Exchange, Intake, Manifest, Publisher, Route, Seat
+from headrace.runtime.exchange.carrier import choose
+from headrace.runtime.exchange.coordinator import NOTHING, Patience
+from headrace.runtime.exchange.tree import TreeSink, sources_of
+
+QUICK = Patience(base_s=0.3, stall_s=0.1, again_s=(60.0, 60.0))
+
+
+def weights(version: int) -> dict[str, np.ndarray]:
+    return {"a": np.full((400, 700), version, np.float32), "b": np.full(9, version, np.int64)}
+
+
+class Trainer:
+    """Lays out the newest weights; `gate` holds it up."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.publisher = Publisher("policy", **settings)
+        self.laid_out: list[int] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def lay_out(self, version: int, keep: dict[int, list[str]]) -> Manifest:
+        await self.gate.wait()
+        self.laid_out.append(version)
+        return self.publisher.publish(version, weights(version), keep=keep)
+
+
+class Member:
+    """Takes versions in this process. `gate` holds it up, `fault` is raised instead."""
+
+    def __init__(self, *, tree: bool = False, schema: tuple[tuple[str, str, tuple[int, ...]], ...] = ()) -> None:
+        sinks = {"tree": TreeSink("tcp://127.0.0.1:0")} if tree else {}
+        self.intake: Intake[dict[str, np.ndarray]] = Intake(_copied, sinks)
+        self.schema = schema
+        self.taken: list[int] = []
+        self.epochs: list[int] = []
+        self.tensors: dict[str, np.ndarray] = {}
+        self.fault: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def seat(self) -> Seat:
+        return self.intake.seat(self.schema)
+
+    async def load(self, manifest: Manifest, route: Route) -> int:
+        self.epochs.append(route.epoch)
+        await self.gate.wait()
+        if self.fault is not None:
+            raise self.fault
+        self.tensors = await self.intake.load(manifest, route)
+        assert all((x == manifest.version).all() for x in self.tensors.values())
+        self.taken.append(manifest.version)
+        return manifest.version
+
+
+def _copied(version: int, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: x.copy() for name, x in tensors.items()}
+
+
+@asynccontextmanager
+async def exchange(*members: Member, **settings: Any) -> AsyncIterator[tuple[Exchange, Trainer]]:
+    """An exchange that all `members`, named by their places, have joined."""
+    trainer = Trainer()
+    exchange = Exchange(trainer.lay_out, patience=QUICK, **settings)
+    try:
+        for index, member in enumerate(members):
+            assert await exchange.join(str(index), member) == NOTHING
+        yield exchange, trainer
+    finally:
+        await exchange.close()
+        trainer.publisher.close()
+        for member in members:
+            member.intake.close()
+
+
+async def test_every_member_takes_every_version_and_a_late_one_the_newest_before_its_join_returns() -> None:
+    a, b, late = Member(), Member(), Member()
+    async with exchange(a, b) as (weights, _):
+        for version in range(3):
+            await weights.publish(version)
+            assert await weights.settled() == {"0": version, "1": version}
+        assert await weights.join("late", late) == 2
+        assert a.taken == b.taken == [0, 1, 2] and late.taken == [2]
+        weights.leave("1")
+        await weights.publish(3)
+        assert await weights.settled() == {"0": 3, "late": 3} and b.taken == [0, 1, 2]
+        late.intake.close()
+
+
+async def test_what_is_published_meanwhile_is_coalesced_to_the_newest() -> None:
+    slow, quick = Member(), Member()
+    async with exchange(slow, quick) as (weights, trainer):
+        await weights.publish(0)
+        await weights.settled()
+        slow.gate.clear()
+        for version in range(1, 5):
+            await weights.publish(version)
+            await asyncio.sleep(0.02)
+        assert quick.taken[-1] == 4 and "0 takes version 1 by shm, for 0.0 s" in weights.waits()[0].replace(
+            "0.1", "0.0"
+        )
+        slow.gate.set()
+        assert await weights.settled() == {"0": 4, "1": 4}
+        assert slow.taken == [0, 1, 4], "the version that it was taking was kept for it; 2 and 3 were not offered"
+        trainer.gate.clear()
+        publishes = [asyncio.create_task(weights.publish(version)) for version in (5, 6, 7)]
+        await asyncio.sleep(0)
+        trainer.gate.set()
+        assert [manifest.version for manifest in await asyncio.gather(*publishes)][-1] == 7
+        assert trainer.laid_out[5:] in ([5, 7], [7])
+
+
+async def test_one_that_fails_or_stops_is_lost_and_costs_the_others_nothing() -> None:
+    lost: list[tuple[str, str]] = []
+    stopped, failing, well = Member(), Member(), Member()
+    async with exchange(stopped, failing, well, on_lost=lambda name, why: lost.append((name, why))) as (weights, _):
+        stopped.gate.clear()
+        failing.fault = TransferFailed("the cable is loose")
+        epoch = weights.epoch
+        await weights.publish(1)
+        assert await weights.settled() == {"0": NOTHING, "1": NOTHING, "2": 1}
+        assert weights.epoch == epoch + 2
+        assert sorted(name for name, _ in lost) == ["0", "1"]
+        assert "TimeoutError" in weights.lost["0"] and weights.lost["1"] == "TransferFailed: the cable is loose"
+        assert any("1 is lost: TransferFailed" in line for line in weights.waits())
+        failing.fault = None
+        stopped.gate.set()
+        assert await weights.join("1", failing, 1) == 1
+        await weights.publish(2)
+        assert await weights.settled() == {"0": 2, "1": 2, "2": 2} and not weights.lost
+        assert well.taken == [1, 2] and failing.epochs[-1] > epoch + 2
+
+
+async def test_who_is_lost_is_tried_again_though_nothing_new_is_published() -> None:
+    member = Member()
+    async with exchange() as (weights, _):
+        weights._patience = Patience(base_s=0.3, again_s=(0.01, 0.02))
+        member.fault = TransferFailed("not today")
+        await weights.publish(1)
+        with pytest.raises(TransferFailed, match="m has not taken version 1: TransferFailed: not today"):
+            await weights.join("m", member)
+        member.fault = None
+        async with asyncio.timeout(10):
+            while not member.taken:  # noqa: ASYNC110 (nobody tells)
+                await asyncio.sleep(0.01)
+    member.intake.close()
+
+
+async def test_membership_follows_the_roster_before_every_publish() -> None:
+    members = {name: Member() for name in "abc"}
+    incarnations = dict.fromkeys(members, 1)
+    gone: set[str] = set()
+
+    async def roster() -> Mapping[str, tuple[Member, int]]:
+        return {name: (members[name], incarnations[name]) for name in members if name not in gone}
+
+    async with exchange(roster=roster) as (weights, _):
+        await weights.publish(0)
+        assert await weights.settled() == {"a": 0, "b": 0, "c": 0}
+        gone.add("b")
+        incarnations["c"] = 2
+        await weights.publish(1)
+        assert await weights.settled() == {"a": 1, "c": 1}
+        gone.clear()
+        await weights.publish(2)
+        assert await weights.settled() == {"a": 2, "b": 2, "c": 2}
+    for member in members.values():
+        member.intake.close()
+
+
+async def test_who_wants_other_tensors_is_refused_with_both_values() -> None:
+    schema = (("a", "<f4", (400, 701)), ("c", "<f8", ()))
+    odd, early = Member(schema=schema), Member(schema=schema)
+    async with exchange(early) as (weights, _):
+        await weights.publish(0)
+        await weights.settled()
+        why = r"a is <f4 \[400, 700\], wanted <f4 \[400, 701\]; c is missing, wanted <f8 \[\]; b is .*, wanted nothing"
+        with pytest.raises(BadWeights, match=f"odd can't take version 0 of policy: {why}"):
+            await weights.join("odd", odd)
+        assert weights.holds == {"0": NOTHING} and "BadWeights" in weights.lost["0"] and not early.taken
+        odd.intake.close()
+
+
+async def test_versions_never_go_back_and_old_epochs_are_refused() -> None:
+    member = Member()
+    async with exchange(member) as (weights, trainer):
+        await weights.publish(5)
+        await weights.settled()
+        with pytest.raises(BadWeights, match="version 4 of policy can't follow 5: versions never go back"):
+            await weights.publish(4)
+        assert weights.manifest is not None and weights.manifest.version == 5
+        old = Route(carrier="shm", epoch=member.epochs[-1] - 1, members=("policy", "0"))
+        with pytest.raises(TransferFailed, match=r"epoch \d+ of policy is over, epoch \d+ has begun"):
+            await member.intake.load(weights.manifest, old)
+        trainer.publisher.rewind()
+        await weights.publish(4)
+        assert await weights.settled() == {"0": 4}
+
+
+async def test_what_was_overwritten_is_laid_out_again() -> None:
+    member = Member()
+    async with exchange(member) as (weights, trainer):
+        member.gate.clear()
+        await weights.publish(1)
+        await asyncio.sleep(0.01)
+        trainer.publisher.close()
+        member.gate.set()
+        assert await weights.settled() == {"0": 1}
+        assert trainer.laid_out == [1, 1]
+
+
+def test_older_versions_stay_for_who_needs_them_within_the_budget() -> None:
+    publisher = Publisher("policy", budget_bytes=3 << 20)
+    keep: dict[int, list[str]] = {}
+    for version in range(4):
+        publisher.publish(version, weights(version), keep=keep)
+        keep[version] = [f"continuation/{version}"]
+    assert publisher.versions == [0, 1, 2, 3]
+    with pytest.raises(
+        ExchangeFull, match=r"version 4 .* older versions hold 3.2 MiB .* their budget is 3.0 MiB .*version 2"
+    ):
+        publisher.publish(4, weights(4), keep=keep)
+    assert publisher.manifest is not None and publisher.manifest.version == 3
+    del keep[1]
+    publisher.publish(4, weights(4), keep=keep)
+    assert publisher.versions == [0, 2, 3, 4]
+    publisher.close()
+
+
+async def test_the_tree_serves_members_through_each_other() -> None:
+    members = [Member(tree=True) for _ in range(7)]
+    async with exchange(*members, carrier="tree") as (weights, trainer):
+        trainer.publisher.serve("tcp://127.0.0.1:0")
+        for version in range(3):
+            await weights.publish(version)
+            assert await weights.settled() == {str(index): version for index in range(7)}
+        assert not weights.lost
+
+
+def test_a_tree_leads_to_the_publisher_and_feeds_two() -> None:
+    addresses = ["p", *(f"m{rank}" for rank in range(1, 30))]
+    parents = [sources_of(rank, addresses) for rank in range(1, 30)]
+    assert all(chain[-1] == "p" and len(set(chain)) == len(chain) <= 5 for chain in parents)
+    assert max(sum(chain[0] == who for chain in parents) for who in addresses) == 2
+    assert sources_of(3, ["p", "", "", "m3", ""]) == ("p",) and sources_of(4, ["p", "", "", "m3", ""])[-1] == "p"
+
+
+def test_the_carrier_fits_the_pair_or_is_refused() -> None:
+    all_four = ("shm", "tree", "nccl", "ipc")
+    gpu = Seat(host="h", gpu="0", carriers=all_four, address="tcp://h:1")
+    assert choose(gpu, gpu) == "ipc"
+    assert choose(gpu, Seat(host="h", gpu="1", carriers=all_four)) == "nccl"
+    assert choose(gpu, Seat(host="h")) == "shm" and choose(gpu, Seat(host="other")) == "tree"
+    assert choose(gpu, Seat(host="h"), "tree") == "tree"
+    with pytest.raises(ValueError, match=r"'nccl' does not serve .* possible: shm, tree"):
+        choose(gpu, Seat(host="h"), "nccl")
+    with pytest.raises(ValueError, match=r"'auto' does not serve .* not on one host, .* possible: none"):
+        choose(Seat(host="h"), Seat(host="other"))
