@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -123,25 +124,25 @@ async def test_an_endless_loop_is_ended_and_the_actor_lives_on(tmp_path):
     async with running(tmp_path, *actors) as (system, link):
         await system.find("computer").compute(0.0)  # From now on it has a thread.
         for name in ("subject", "computer", "here"):
-            for source in ("while True: pass", "import time\nwhile True: time.sleep(30)"):
+            nap_s = 0.05 if name == "computer" else 30  # Outside of the main thread, C code runs to its end.
+            for source in ("while True: pass", f"import time\nwhile True: time.sleep({nap_s})"):
                 ended: list[object] = []
                 asked = link.start(
                     "evaluate", lambda kind, value, ended=ended: ended.append(value), {"actor": name, "source": source}
                 )
                 await asyncio.sleep(0.1)
                 await asyncio.to_thread(link.cancel, asked)
-                if name == "computer" and "sleep" in source:
-                    break  # A call of C code in another thread runs to its end.
-                await until(lambda: ended)  # noqa: B023
+                await until(lambda ended=ended: ended)
                 assert isinstance(ended[0], KeyboardInterrupt)
-                if name != "computer":
-                    assert await system.find(name).add() > 0
-        told = await asyncio.to_thread(link.ask, "evaluate", actor="subject", source="while True: pass")
-        assert told[0] == "error" and "it held up the loop of node one" in told[1], "without Ctrl-C, too"
-        told = await asyncio.to_thread(
-            link.ask, "evaluate", actor="subject", source="await asyncio.sleep(0)\nwhile True: pass"
-        )
-        assert told[0] == "error" and "it held up the loop" in told[1]
+                assert await system.find(name).add() > 0
+        told = await asyncio.gather(
+            asyncio.to_thread(link.ask, "evaluate", actor="subject", source="while True: pass"),
+            asyncio.to_thread(
+                link.ask, "evaluate", actor="here", source="await asyncio.sleep(0)\nwhile True: pass"
+            ),
+        )  # fmt: skip
+        for (kind, text), node in zip(told, ("one", "root"), strict=True):
+            assert kind == "error" and f"it held up the loop of node {node}" in text, "it ends without Ctrl-C, too"
         assert {row["incarnation"] for row in system.tree()} == {1}
 
 
@@ -247,7 +248,11 @@ async def test_settings_are_checked_kept_and_survive(tmp_path):
 async def test_trace_follows_messages_and_leaves_no_trace(tmp_path):
     async with running(tmp_path, ("subject", Subject(), "one"), ("computer", Computer(), "one")) as (system, link):
         rows: list[dict] = []
-        asked = link.start("trace", lambda kind, value: rows.extend(value or ()), {"actor": "subject", "seconds": 30.0})
+        asked = link.start(
+            "trace",
+            lambda kind, value: rows.extend(value if kind == "item" else ()),
+            {"actor": "subject", "seconds": 30.0},
+        )
         subject = system.find("subject")
         while not rows:
             assert await subject.sums(1, 2) == 3
@@ -268,14 +273,16 @@ async def test_who_is_no_friend_is_refused_and_does_no_harm(tmp_path):
         for path in (file, given["socket"]):
             assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
 
-        def try_with(data):
+        def try_with(data, told=None):
+            """What is answered, up to these words, or to the end."""
             with socket.socket(socket.AF_UNIX) as client:
                 client.settimeout(10)
                 client.connect(given["socket"])
                 client.sendall(data)
-                client.shutdown(socket.SHUT_WR)
+                if told is None:
+                    client.shutdown(socket.SHUT_WR)
                 answer = b""
-                while part := client.recv(4096):
+                while (told is None or told not in answer) and (part := client.recv(4096)):
                     answer += part
                 return answer
 
@@ -284,10 +291,9 @@ async def test_who_is_no_friend_is_refused_and_does_no_harm(tmp_path):
         assert b"wrong token" in await asyncio.to_thread(try_with, frames.pack({"token": None, "ask": "kill"}))
         for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100, frames.pack({"token": "x" * 10_000}), b"\0" * 8):
             assert await asyncio.to_thread(try_with, garbage) in (b"",) or garbage[:1] == b"\0"
-        told = await asyncio.to_thread(try_with, greeting + frames.pack({"id": 1, "ask": "__class__", "with": {}}))
-        assert b"there is no question '__class__'" in told
-        told = await asyncio.to_thread(try_with, greeting + frames.pack({"id": 1, "ask": "kill", "with": {"x": 1}}))
-        assert b"TypeError" in told
+        for ask, told in (("__class__", b"there is no question '__class__'"), ("kill", b"TypeError")):
+            asked = frames.pack({"id": 1, "ask": ask, "with": {"x": 1}})
+            assert told in await asyncio.to_thread(try_with, greeting + asked, told)
         for nonsense in (frames.pack({"id": "x"}), frames.pack({}), b"\xff" * 64):
             await asyncio.to_thread(try_with, greeting + nonsense)
         file.write_text(json.dumps({**given, "token": "0" * 32}))
@@ -301,8 +307,9 @@ async def test_a_console_that_dies_takes_along_what_it_had_asked_for(tmp_path):
     async with running(tmp_path, ("subject", Subject(), "one")) as (system, link):
         other = await asyncio.to_thread(Link, tmp_path)
         other.start("evaluate", lambda kind, value: None, {"actor": "subject", "source": "while True: pass"})
-        other.start("call", lambda kind, value: None, {"actor": "subject", "method": "nap", "args": [60], "kwargs": {}})
         await until(lambda: "repl" in link.ask("tree")["actors"][0]["running"])
+        other.start("call", lambda kind, value: None, {"actor": "subject", "method": "nap", "args": [60], "kwargs": {}})
+        await until(lambda: link.ask("waits"))
         await asyncio.to_thread(other.close)
         async with asyncio.timeout(30):
             assert await system.find("subject").add() == 1
@@ -367,6 +374,7 @@ values = st.recursive(
 )
 
 
+@hypothesis.settings(max_examples=50)
 @given(values)
 def test_frames_keep_every_value(value):
     data = frames.put({"id": 1}, "value", value)
@@ -376,9 +384,10 @@ def test_frames_keep_every_value(value):
     assert got == value and type(got) is type(value)
 
 
+@hypothesis.settings(max_examples=30)
 @given(values)
 def test_shown_values_are_bounded(value):
-    assert len(show([value] * 1000, limit=500)) < 600
+    assert len(show([value] * 300, limit=500)) < 600
     if len(repr(value)) < 100:
         assert show(value) == repr(value)
     assert show(np.arange(3)) == "array([0, 1, 2])"
@@ -407,7 +416,7 @@ def test_an_interruption_never_leaves_its_region():
     worker.start()
     chance = random.Random(2)
     hits = 0
-    while hits < 300:
+    while hits < 100:
         hits += region.interrupt("test")
         time.sleep(chance.random() * 1e-4)
     done.set()
