@@ -47,7 +47,7 @@ class Files:
         group = next((entry.payload for entry in entries if entry.id == sample), None)
         told += [] if group is None else described(group)
         missing = f"nothing is known of sample {sample}" + (
-            f"; known are {min(known)} to {max(known)}" if known else ""
+            f"; known are some of {min(known)} to {max(known)}" if known else ""
         )
         return told_text([{"actor": "pool", "told": told, "error": missing}])
 

@@ -129,6 +129,9 @@ def trace_line(row: Row) -> str:
 def told_text(told: Sequence[Row]) -> Text:
     """For explain()."""
     lines = []
+    if told and not any(part["told"] for part in told):
+        whys = [part["error"].partition("LookupError: ")[2] or part["error"] for part in told if part.get("error")]
+        return Text("; ".join(["nobody knows this sample", *whys]))
     for part in told:
         lines.append(f"{part['actor']}:" + ("" if part["told"] else f" {part.get('error') or 'nothing'}"))
         for event in part["told"] or ():

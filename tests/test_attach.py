@@ -81,10 +81,10 @@ async def test_at_the_prompt(tmp_path):
             "object()", "'x' * 10**8", "raise SystemExit(3)", "leave()", "x",
             "await team_of_subject.resize(5); team_of_subject", "await team_of_subject.resize(0)",
             "explain(1)", "help()", "find('subjet')", "await subject.told()", "async for x in subject.add.stream(): x",
-            "subject.nap.cast(0.0)", "ps(); waits(); dead_letters(); settings(); await cluster.counters()", "(1,\n 2)",
+            "subject.nap.cast(0.0)", "subject.nope()", "subject.add(); explain(7); ps(); waits(); dead_letters(); settings(); await cluster.counters()", "(1,\n 2)",
         )  # fmt: skip
     of = "tree call raises enter print x remote zero syntax object huge exit leave nox team refused explain help find"
-    by = dict(zip([*of.split(), "value", "stream", "cast", "rest", "lines"], told, strict=True))
+    by = dict(zip([*of.split(), "value", "stream", "cast", "unknown", "rest", "lines"], told, strict=True))
     assert all(name in by["tree"][1] for name in ("subject", "other", "one", "up", "mailbox 0/2048"))
     assert by["call"] == (True, "1\n", "")
     ok, _, text = by["raises"]
@@ -100,6 +100,8 @@ async def test_at_the_prompt(tmp_path):
     assert "no actor named 'subjet'; there is subject" in by["find"][2]
     assert by["value"][1] == "Pace(share=0.5, most=10, least=1)\n", "a class of the run is found here, too"
     assert "is no stream" in by["stream"][2] and by["cast"][0] and by["rest"][0]
+    assert "has no @message 'nope'; it has: add, answer" in by["unknown"][2], "a call that stands alone is awaited"
+    assert by["rest"][1].startswith("2\nnobody knows this sample\n")
     assert by["lines"][1] == "(1, 2)\n"
 
 

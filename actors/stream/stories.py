@@ -28,9 +28,15 @@ class Stories:
         if len(told) > NUM_KEPT:
             del told[next(iter(told))]
 
-    def of(self, ordinal: int) -> list[Event]:
-        """Oldest first; empty if it is not known, or forgotten."""
-        return [event for told in self._told.values() for event in told.get(ordinal, ())]
+    def of(self, ordinal: int, next_ordinal: int) -> list[Event]:
+        """Oldest first. Raises LookupError, with the groups that are remembered; `next_ordinal` was not given yet."""
+        found = [event for told in self._told.values() for event in told.get(ordinal, ())]
+        if not found and not 0 <= ordinal < next_ordinal:
+            raise LookupError(f"there is no group {ordinal} yet: there are 0 to {next_ordinal - 1}")
+        if not found:
+            known = "; ".join(f"{min(told)} to {max(told)} {end}" for end, told in self._told.items())
+            raise LookupError(f"group {ordinal} is forgotten, or waits in the pool; remembered are some of {known}")
+        return found
 
 
 def described(group: Group) -> list[Event]:
