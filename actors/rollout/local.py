@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...runtime.exchange import Intake, Manifest, Route, Seat
+from ...runtime.exchange.intake import tree_sinks
 from .precision import Schedule, Watch
 from .requests import Chunk, Request
 
@@ -44,7 +45,7 @@ class LocalBackend:
         self._schedule = Schedule(worker.precision)
         self._watch: Watch | None = None
         self._told: list[dict[str, Any]] = []
-        self._intake: Intake[Weights] = Intake(self._prepare)
+        self._intake: Intake[Weights] = Intake(self._prepare, tree_sinks(worker))
         self._submitted: list[Request] = []
         self._cancelled: list[int] = []
         self._keys = 0
