@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from headrace.runtime.errors import BadWeights, ExchangeFull, TransferFailed
-from headrace.runtime.exchange import Exchange, Intake, Manifest, Publisher, Route, Seat
+from headrace.runtime.exchange import Exchange, Intake, Manifest, Publisher, Receiver, Route, Seat
 from headrace.runtime.exchange.carrier import choose
-from headrace.runtime.exchange.coordinator import NOTHING, Patience
+from headrace.runtime.exchange.member import NOTHING, Patience
 from headrace.runtime.exchange.tree import TreeSink, sources_of
 
 QUICK = Patience(base_s=0.3, stall_s=0.1, again_s=(60.0, 60.0))
@@ -248,6 +249,68 @@ async def test_the_tree_serves_members_through_each_other() -> None:
             await weights.publish(version)
             assert await weights.settled() == {str(index): version for index in range(7)}
         assert not weights.lost
+
+
+class Fabric:
+    """A collective carrier of one host: it copies, once all that take part have come; `broken` never come."""
+
+    def __init__(self) -> None:
+        self.waves: list[tuple[str, ...]] = []
+        self.broken: set[str] = set()
+
+
+class Led(Member):
+    """A member that takes part in collective transfers, or a publisher that leads them."""
+
+    def __init__(self, name: str, fabric: Fabric) -> None:
+        super().__init__()
+        self.name, self.fabric = name, fabric
+        self.intake = Intake(_copied, {"nccl": Receiver()})
+
+    async def seat(self) -> Seat:
+        return replace(self.intake.seat(), gpu=self.name)
+
+    async def retire(self, epoch: int) -> None:
+        self.intake.retire(epoch)
+
+    async def open(self, epoch: int) -> bytes:
+        return b"token"
+
+    async def transfer(self, manifest: Manifest, route: Route) -> None:
+        if self.fabric.broken & set(route.members):
+            raise TransferFailed(f"{self.name}: not all of {route.members} came in epoch {route.epoch}")
+        if route.rank == 0:
+            self.fabric.waves.append(route.members)
+        else:
+            assert route.token == b"token"
+            await self.intake.transfer(manifest, route)
+
+
+async def test_members_of_a_collective_carrier_are_led_together_and_a_sick_one_costs_only_itself() -> None:
+    fabric = Fabric()
+    a, b, c, plain = Led("a", fabric), Led("b", fabric), Led("c", fabric), Member()
+    trainer, lead = Trainer(), Led("policy", fabric)
+    trainer.publisher._seat = replace(trainer.publisher._seat, gpu="policy", carriers=("shm", "nccl"))
+    weights = Exchange(trainer.lay_out, leads={"policy": lead}, patience=QUICK)
+    for member in (a, b, c):
+        assert await weights.join(member.name, member) == NOTHING
+    await weights.join("plain", plain)
+    await weights.publish(1)
+    assert await weights.settled() == {"a": 1, "b": 1, "c": 1, "plain": 1}
+    await weights.publish(2)
+    await weights.settled()
+    assert fabric.waves[-1] == ("policy", "a", "b", "c"), "all at once"
+    fabric.broken.add("b")
+    await weights.publish(3)
+    assert await weights.settled() == {"a": 3, "b": 2, "c": 3, "plain": 3}
+    assert "b: not all of ('policy', 'b') came" in weights.lost["b"], "with others first, then alone"
+    fabric.broken.clear()
+    await weights.publish(4)
+    assert set((await weights.settled()).values()) == {4} and a.epochs[-1] > a.epochs[0]
+    await weights.close()
+    trainer.publisher.close()
+    for member in (a, b, c, plain, lead):
+        member.intake.close()
 
 
 def test_a_tree_leads_to_the_publisher_and_feeds_two() -> None:

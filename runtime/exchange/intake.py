@@ -52,6 +52,7 @@ class Intake(Generic[T]):
         self._epoch = -1
         self._last: tuple[int, int] | None = None
         """Incarnation and version of what was taken last."""
+        self._carried: tuple[Manifest, Mapping[str, np.ndarray]] | None = None
 
     def seat(self, schema: tuple[tuple[str, str, tuple[int, ...]], ...] = ()) -> Seat:
         """For the exchange; see Seat."""
@@ -89,6 +90,16 @@ class Intake(Generic[T]):
             self._thread = self._thread or WorkThread("weights")
             return await self._thread.run(self._prepare, version, tensors)
 
+    async def transfer(self, manifest: Manifest, route: Route) -> None:
+        """Takes part in a collective transfer; what it brings is taken by a `load` of the same manifest. Raises as
+        `receive` of the sink."""
+        self._refuse(manifest, route)
+        async with self._turn:
+            self._thread = self._thread or WorkThread("weights")
+            self._carried = None
+            tensors = await self._thread.run(self._sinks[route.carrier].receive, manifest, route)
+            self._carried = manifest, tensors
+
     def retire(self, epoch: int) -> None:
         """Nothing of this epoch or an earlier one goes on."""
         self._epoch = max(self._epoch, epoch)
@@ -117,8 +128,10 @@ class Intake(Generic[T]):
         if route.carrier == "shm":
             with self._receiver.hold(manifest) as tensors:
                 return self._prepare(manifest.version, tensors)
-        tensors = self._sinks[route.carrier].receive(manifest, route)
-        return self._prepare(manifest.version, tensors)
+        carried, self._carried = self._carried, None
+        if carried is not None and carried[0] == manifest:
+            return self._prepare(manifest.version, carried[1])
+        return self._prepare(manifest.version, self._sinks[route.carrier].receive(manifest, route))
 
 
 def place_of(actor: Actor) -> tuple[str, Keys | None]:
