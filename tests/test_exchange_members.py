@@ -17,7 +17,8 @@ from headrace.runtime.exchange.carrier import choose
 from headrace.runtime.exchange.member import NOTHING, Patience
 from headrace.runtime.exchange.tree import TreeSink, sources_of
 
-QUICK = Patience(base_s=0.3, stall_s=0.1, again_s=(60.0, 60.0))
+CALM = Patience(base_s=30.0, stall_s=1.0, again_s=(60.0, 60.0))
+QUICK = Patience(base_s=1.0, stall_s=0.1, again_s=(60.0, 60.0))
 
 
 def weights(version: int) -> dict[str, np.ndarray]:
@@ -72,10 +73,12 @@ def _copied(version: int, tensors: Mapping[str, np.ndarray]) -> dict[str, np.nda
 
 
 @asynccontextmanager
-async def exchange(*members: Member, **settings: Any) -> AsyncIterator[tuple[Exchange, Trainer]]:
+async def exchange(
+    *members: Member, patience: Patience = CALM, **settings: Any
+) -> AsyncIterator[tuple[Exchange, Trainer]]:
     """An exchange that all `members`, named by their places, have joined."""
     trainer = Trainer()
-    exchange = Exchange(trainer.lay_out, patience=QUICK, **settings)
+    exchange = Exchange(trainer.lay_out, patience=patience, **settings)
     try:
         for index, member in enumerate(members):
             assert await exchange.join(str(index), member) == NOTHING
@@ -110,9 +113,10 @@ async def test_what_is_published_meanwhile_is_coalesced_to_the_newest() -> None:
         for version in range(1, 5):
             await weights.publish(version)
             await asyncio.sleep(0.02)
-        assert quick.taken[-1] == 4 and "0 takes version 1 by shm, for 0.0 s" in weights.waits()[0].replace(
-            "0.1", "0.0"
-        )
+        async with asyncio.timeout(20):
+            while quick.taken[-1] < 4:  # noqa: ASYNC110 (nobody tells)
+                await asyncio.sleep(0.005)
+        assert weights.waits()[0].startswith("0 takes version 1 by shm, for ")
         slow.gate.set()
         assert await weights.settled() == {"0": 4, "1": 4}
         assert slow.taken == [0, 1, 4], "the version that it was taking was kept for it; 2 and 3 were not offered"
@@ -127,7 +131,8 @@ async def test_what_is_published_meanwhile_is_coalesced_to_the_newest() -> None:
 async def test_one_that_fails_or_stops_is_lost_and_costs_the_others_nothing() -> None:
     lost: list[tuple[str, str]] = []
     stopped, failing, well = Member(), Member(), Member()
-    async with exchange(stopped, failing, well, on_lost=lambda name, why: lost.append((name, why))) as (weights, _):
+    tell = {"on_lost": lambda name, why: lost.append((name, why))}
+    async with exchange(stopped, failing, well, patience=QUICK, **tell) as (weights, _):
         stopped.gate.clear()
         failing.fault = TransferFailed("the cable is loose")
         epoch = weights.epoch
@@ -147,8 +152,7 @@ async def test_one_that_fails_or_stops_is_lost_and_costs_the_others_nothing() ->
 
 async def test_who_is_lost_is_tried_again_though_nothing_new_is_published() -> None:
     member = Member()
-    async with exchange() as (weights, _):
-        weights._patience = Patience(base_s=0.3, again_s=(0.01, 0.02))
+    async with exchange(patience=Patience(base_s=30.0, again_s=(0.01, 0.02))) as (weights, _):
         member.fault = TransferFailed("not today")
         await weights.publish(1)
         with pytest.raises(TransferFailed, match="m has not taken version 1: TransferFailed: not today"):
@@ -271,7 +275,7 @@ class Led(Member):
         return replace(self.intake.seat(), gpu=self.name)
 
     async def retire(self, epoch: int) -> None:
-        self.intake.retire(epoch)
+        await self.intake.retire(epoch)
 
     async def open(self, epoch: int) -> bytes:
         return b"token"
@@ -291,7 +295,7 @@ async def test_members_of_a_collective_carrier_are_led_together_and_a_sick_one_c
     a, b, c, plain = Led("a", fabric), Led("b", fabric), Led("c", fabric), Member()
     trainer, lead = Trainer(), Led("policy", fabric)
     trainer.publisher._seat = replace(trainer.publisher._seat, gpu="policy", carriers=("shm", "nccl"))
-    weights = Exchange(trainer.lay_out, leads={"policy": lead}, patience=QUICK)
+    weights = Exchange(trainer.lay_out, leads={"policy": lead}, patience=CALM)
     for member in (a, b, c):
         assert await weights.join(member.name, member) == NOTHING
     await weights.join("plain", plain)

@@ -68,7 +68,7 @@ class Intake(Generic[T]):
         route = route or Route(carrier="shm")
         self._refuse(manifest, route)
         if route.epoch > self._epoch:
-            self.retire(route.epoch - 1)
+            self._end(route.epoch - 1)
         async with self._turn:
             self._refuse(manifest, route)
             self._thread = self._thread or WorkThread("weights")
@@ -76,7 +76,7 @@ class Intake(Generic[T]):
             try:
                 prepared = await asyncio.shield(work)
             except asyncio.CancelledError:
-                self._sinks[route.carrier].abort(route.epoch)
+                await asyncio.to_thread(self._sinks[route.carrier].abort, route.epoch)
                 work.cancel()
                 with suppress(asyncio.CancelledError, Exception):
                     await work
@@ -100,11 +100,19 @@ class Intake(Generic[T]):
             tensors = await self._thread.run(self._sinks[route.carrier].receive, manifest, route)
             self._carried = manifest, tensors
 
-    def retire(self, epoch: int) -> None:
-        """Nothing of this epoch or an earlier one goes on."""
+    async def retire(self, epoch: int) -> None:
+        """Returns when nothing of this epoch or an earlier one goes on, by collective carriers neither."""
+        self._end(epoch)
+        for sink in self._sinks.values():
+            if _collective(sink):
+                await asyncio.to_thread(sink.abort, epoch)  # It waits until it is alone.
+
+    def _end(self, epoch: int) -> None:
+        """Ends what is of this epoch or an earlier one; members of a collective carrier stay connected."""
         self._epoch = max(self._epoch, epoch)
         for sink in self._sinks.values():
-            sink.abort(epoch)
+            if not _collective(sink):
+                sink.abort(epoch)
 
     def close(self) -> None:
         for sink in self._sinks.values():
@@ -132,6 +140,10 @@ class Intake(Generic[T]):
         if carried is not None and carried[0] == manifest:
             return self._prepare(manifest.version, carried[1])
         return self._prepare(manifest.version, self._sinks[route.carrier].receive(manifest, route))
+
+
+def _collective(sink: Sink) -> bool:
+    return bool(getattr(sink, "collective", False))
 
 
 def place_of(actor: Actor) -> tuple[str, Keys | None]:
