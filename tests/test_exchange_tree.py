@@ -144,7 +144,7 @@ def test_what_only_the_publisher_can_settle_is_an_error(publisher: Publisher, si
     with pytest.raises(CorruptWeights, match=r"a bucket of policy says it is \(7, .* and \(8, "):
         sink.receive(replace(newest, version=8), route(address))
     with stopped() as silent, pytest.raises(TimeoutError, match=r"0 of \d+ buckets within 0.3 s; .* silent: " + silent):
-        sink.receive(newest, route(silent, deadline_s=0.3))
+        sink.receive(newest, route(silent, deadline_s=0.3, stall_s=0.1))
     assert same(sink.receive(newest, route(address)), weights(7))
 
 

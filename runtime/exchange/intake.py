@@ -24,6 +24,7 @@ from ..errors import BadWeights, TransferFailed
 from ..thread import WorkThread
 from ..zmq_transport import ZmqTransport
 from .carrier import Sink
+from .fp8 import restore
 from .header import Manifest, Route, Seat, host_id
 from .shm import Receiver
 from .tree import TreeSink
@@ -135,11 +136,13 @@ class Intake(Generic[T]):
         _give_way()
         if route.carrier == "shm":
             with self._receiver.hold(manifest) as tensors:
-                return self._prepare(manifest.version, tensors)
+                return self._prepare(manifest.version, restore(tensors))
         carried, self._carried = self._carried, None
         if carried is not None and carried[0] == manifest:
-            return self._prepare(manifest.version, carried[1])
-        return self._prepare(manifest.version, self._sinks[route.carrier].receive(manifest, route))
+            tensors = carried[1]
+        else:
+            tensors = self._sinks[route.carrier].receive(manifest, route)
+        return self._prepare(manifest.version, restore(tensors))
 
 
 def _collective(sink: Sink) -> bool:
