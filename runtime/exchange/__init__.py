@@ -10,11 +10,11 @@ transfer.py      does it bucket by bucket (buckets.py, staging.py, fp8.py), over
 """
 
 from .coordinator import Exchange as Exchange
-from .coordinator import Patience as Patience
 from .header import Manifest as Manifest
 from .header import Route as Route
 from .header import Seat as Seat
 from .header import TensorSpec as TensorSpec
 from .intake import Intake as Intake
+from .member import Patience as Patience
 from .shm import Publisher as Publisher
 from .shm import Receiver as Receiver
