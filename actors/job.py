@@ -25,6 +25,7 @@ from .carriers import carriers, described
 from .data import TASKS, RunningSum, Task
 from .evaluator.settings import EvaluationSettings
 from .model.config import ModelConfig
+from .rollout import Rollout
 from .stream.policy import stream_policy
 from .trainer.settings import CriticSettings, RlSettings, SftSettings
 
@@ -152,6 +153,7 @@ def _job(document: Document, actors: Mapping[str, Actor | type[Actor]] | None = 
     _check_task(document, job)
     _check_algorithm(document, job)
     _check_lengths(document, job)
+    _check_ranks(document, job)
     _check_stream(document, job)
     _check_carrier(document, job)
     return job
@@ -256,6 +258,17 @@ def _check_lengths(document: Document, job: Job) -> None:
             f"[model] max_positions = {positions}; set that to {longest} or more, or this to "
             f"{positions - job.task.max_prompt_tokens} or less",
         )
+
+
+def _check_ranks(document: Document, job: Job) -> None:
+    """A rollout worker has as many ranks as it divides its model into."""
+    for name, spec in job.cluster.actors.items():
+        if isinstance(spec.instance, Rollout) and spec.ranks != spec.instance.mesh.size:
+            mesh = spec.instance.mesh
+            raise document.error(
+                ("actors", name, "ranks"),
+                f"must be tp * ep * sp = {mesh.tp} * {mesh.ep} * {mesh.sp}, got {spec.ranks}; set it to {mesh.size}",
+            )
 
 
 def _check_stream(document: Document, job: Job) -> None:
