@@ -7,7 +7,8 @@ all nodes are on one host. Knows nothing of how weights travel: carrier.choose d
 from __future__ import annotations
 
 from ..runtime.cluster import ClusterSpec
-from ..runtime.exchange.carrier import Seat, choose
+from ..runtime.exchange.carrier import choose
+from ..runtime.exchange.header import Seat
 
 WHAT = {
     "shm": "the memory of this host",

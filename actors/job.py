@@ -155,6 +155,7 @@ def _job(document: Document, actors: Mapping[str, Actor | type[Actor]] | None = 
     _check_lengths(document, job)
     _check_ranks(document, job)
     _check_stream(document, job)
+    _check_weights(document, job)
     _check_carrier(document, job)
     return job
 
@@ -269,6 +270,20 @@ def _check_ranks(document: Document, job: Job) -> None:
                 ("actors", name, "ranks"),
                 f"must be tp * ep * sp = {mesh.tp} * {mesh.ep} * {mesh.sp}, got {spec.ranks}; set it to {mesh.size}",
             )
+
+
+def _check_weights(document: Document, job: Job) -> None:
+    """Weights as FP8 are for engines of ours that take whole tensors."""
+    trainer, rollout = (job.cluster.actors[role] for role in ("trainer", "rollout"))
+    if not getattr(trainer.instance, "publish_fp8", False):
+        return
+    engine = getattr(rollout.instance, "engine", "headrace")
+    if rollout.ranks > 1 or engine != "headrace":
+        raise document.error(
+            ("actors", "trainer", "publish_fp8"),
+            f"rollout has ranks = {rollout.ranks} and engine = {engine!r}, and FP8 comes only to workers of one rank "
+            'with engine = "headrace"; set one or the other',
+        )
 
 
 def _check_stream(document: Document, job: Job) -> None:
