@@ -43,8 +43,8 @@ class Port(Protocol):
 class Patience:
     """Times in seconds."""
 
-    retire_s: float = 8.0
-    """For a member to give up what it does: an abort, and then the calls that it ends, are given 3 s each."""
+    retire_s: float = 10.0
+    """For a member to give up what it does: more than its own Limits allow it."""
     transfer_s: float = 60.0
     """For a whole transfer."""
     stall_s: float = 2.0
