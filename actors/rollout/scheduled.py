@@ -20,6 +20,8 @@ from .precision import Kind, Schedule
 from .runner import Batch, Forward
 from .single import SingleRunner
 
+PAGE_TOKENS = 16
+
 
 class ScheduledRunner(SingleRunner):
     """See runner.Runner and single.SingleRunner, whose arguments it takes."""
@@ -60,3 +62,9 @@ class ScheduledRunner(SingleRunner):
         attend = PackedAttention([len(s) for s in sequences], self._device)
         x, _ = forward(self.config, weights, tokens, self._rotations[positions].unsqueeze(1), attend)
         return logits(self.config, weights, x)
+
+
+def scheduled_runner(config: ModelConfig, schedule: Schedule, *, num_slots: int, max_len: int) -> ScheduledRunner:
+    """One with room for `num_slots` responses of `max_len` tokens with their prompts."""
+    num_pages = num_slots * -(-max_len // PAGE_TOKENS) + 1
+    return ScheduledRunner(config, schedule, num_pages=num_pages, page_tokens=PAGE_TOKENS)

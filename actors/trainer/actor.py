@@ -22,6 +22,7 @@ from annotated_types import Ge
 from ...runtime import message
 from ...runtime.dispatch import ONE_TO_ALL, RANK_ZERO, SPMD, dispatch
 from ...runtime.exchange import Manifest, Publisher
+from ...runtime.exchange.intake import place_of
 from ...runtime.rundir import RunSpec
 from ...runtime.worker import Worker
 from ..algorithms.updates import PolicyUpdate
@@ -51,6 +52,9 @@ class Trainer(Worker):
     async def start(self) -> None:
         """Loads the newest checkpoint. Raises ValueError or FileNotFoundError, saying what to do, if it is damaged."""
         self._publisher = Publisher("policy")
+        address, keys = place_of(self)
+        if address:
+            self._publisher.serve(address, keys)
         self._ranks: Ranks | None = None
         self._kept: tuple[str, int] = "sft", 0
         self._learner: Learner = await self.in_thread(self._open)
