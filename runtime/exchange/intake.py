@@ -24,6 +24,7 @@ from ..errors import BadWeights, TransferFailed
 from ..thread import WorkThread
 from ..zmq_transport import ZmqTransport
 from .carrier import Sink
+from .fp8 import restore
 from .header import Manifest, Route, Seat, host_id
 from .shm import Receiver
 from .tree import TreeSink
@@ -116,9 +117,9 @@ class Intake(Generic[T]):
         _give_way()
         if route.carrier == "shm":
             with self._receiver.hold(manifest) as tensors:
-                return self._prepare(manifest.version, tensors)
+                return self._prepare(manifest.version, restore(tensors))
         tensors = self._sinks[route.carrier].receive(manifest, route)
-        return self._prepare(manifest.version, tensors)
+        return self._prepare(manifest.version, restore(tensors))
 
 
 def place_of(actor: Actor) -> tuple[str, Keys | None]:

@@ -232,6 +232,8 @@ class NcclSource(NcclEnd):
 class NcclSink(NcclEnd):
     """A member's end."""
 
+    collective: ClassVar[bool] = True
+
     def receive(
         self, manifest: Manifest, route: Route, into: Tensors | None = None, copies: Sequence[Copy] | None = None
     ) -> Tensors:
