@@ -199,3 +199,9 @@ def test_a_wrong_setting_is_one_clear_error(setting: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_job(ROOT / "cluster.toml", [f"actors.rollout.precision.{setting}"])
     assert message in str(caught.value) and "actors.rollout.precision" in str(caught.value)
+
+
+def test_a_server_is_not_told_our_precision() -> None:
+    settings = ['engine="openai"', 'base_url="http://127.0.0.1:1"', 'precision.decode="fp8"']
+    with pytest.raises(ConfigError, match="precision is of our own engine; leave it out"):
+        load_job(ROOT / "cluster.toml", [f"actors.rollout.{setting}" for setting in settings])
