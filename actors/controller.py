@@ -459,10 +459,11 @@ class Controller(Actor):
 
     @message(concurrent=True, lane=Lane.CONTROL)
     async def explain(self, ordinal: int) -> list[dict[str, Any]]:
-        """What became of a group, or where it stands: who generated which tokens, verdicts, rewards."""
+        """What became of a group, or where it stands: who generated which tokens, verdicts, rewards.
+        Raises LookupError if that is not known."""
         group = self.state.in_flight.get(ordinal)
         if group is None:
-            return self.stories.of(ordinal)
+            return self.stories.of(ordinal, self.state.next_ordinal)
         return [{"event": "generated" if group.finished else "generating", "prompt": ordinal}, *described(group)]
 
     @message(concurrent=True, lane=Lane.CONTROL, deadline_s=3600.0)
