@@ -9,11 +9,11 @@ plan.py          from the ranks that hold to the ranks that want, box by box
 """
 
 from .coordinator import Exchange as Exchange
-from .coordinator import Patience as Patience
 from .header import Manifest as Manifest
 from .header import Route as Route
 from .header import Seat as Seat
 from .header import TensorSpec as TensorSpec
 from .intake import Intake as Intake
+from .member import Patience as Patience
 from .shm import Publisher as Publisher
 from .shm import Receiver as Receiver
