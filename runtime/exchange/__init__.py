@@ -5,6 +5,7 @@ coordinator.py   brings each version to each member           intake.py       a 
 carrier.py       the contract of carriers, who serves whom    convoy.py       leads those that all take part in
 shm.py           one host: memory that both sides have mapped (mapped.py)
 tree.py          hosts without GPUs: over ZeroMQ, from member to member (shelf.py serves)
+ipc.py           within one GPU, by CUDA IPC (device.py)      nccl.py          between GPUs, under a watchdog (communicator.py)
 plan.py          from the ranks that hold to the ranks that want, box by box
 """
 
