@@ -18,7 +18,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..runtime import Actor, Lane, Ref, message, timeout
 from ..runtime.codec import dumps
@@ -82,6 +82,8 @@ class Controller(Actor):
     rl: RlSettings
     algorithm: Algorithm
     evaluation: EvaluationSettings
+    carrier: Literal["auto", "ipc", "nccl", "shm", "tree"] = "auto"
+    """What brings weights to rollout; auto: the best for each worker. The tree needs nodes with transport = "tcp"."""
 
     live = ("rl.max_staleness", "rl.alpha", "rl.temperature", "rl.learning_rate")
 
@@ -93,7 +95,7 @@ class Controller(Actor):
         roles = {"policy": self.trainer, "critic": self.critic}
         self.roles = {name: roles[name] for name in roles_of(self.algorithm.step)}
         self.steps = {"sft": self.sft.steps, "value": self.algorithm.value_steps, "rl": self.rl.steps}
-        self.rollout, self.evaluator = RolloutPool(self, self), self.find("evaluator")
+        self.rollout, self.evaluator = RolloutPool(self, self, carrier=self.carrier), self.find("evaluator")
         self.verifier, self.reward, self.pool = self.find("verifier"), self.find("reward"), self.find("pool")
         self.stream, self.stories = stream_policy(self.rl), Stories()
         self.expose("rollout_pool", self.rollout)

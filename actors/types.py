@@ -52,6 +52,9 @@ class Origin:
     seed: int
     sampling: Sampling
     precision: str = "float32"
+    afresh: bool = True
+    """Whether all keys and values before these tokens were computed anew under their version; else the engine went on
+    over those of the segments before."""
     exact: bool = False
     """Whether the engine's batch shapes are fixed: then every bit comes again, else all but the rounding of logits."""
 
@@ -159,8 +162,10 @@ class Trajectory:
         if not len(piece.tokens):
             return
         last = self.segments[-1] if self.segments else None
-        origin = piece.origin or (last.origin if last is not None else None)
-        if last is not None and (last.version, last.origin) == (piece.version, origin) and _joins(last, piece):
+        origin = piece.origin
+        if last is not None and origin is None and last.origin is not None:
+            origin = replace(last.origin, afresh=False)
+        if last is not None and piece.origin is None and last.version == piece.version and _joins(last, piece):
             last.tokens = np.concatenate([last.tokens, piece.tokens])
             last.logprobs = np.concatenate([last.logprobs, piece.logprobs])
             if last.routes is not None and piece.routes is not None:

@@ -101,6 +101,11 @@ class ZmqTransport:
             raise
 
     @property
+    def keys(self) -> Keys | None:
+        """The system's, for tcp."""
+        return self._keys
+
+    @property
     def duplicates(self) -> int:
         """Messages that came a second time and were dropped."""
         return self._control.duplicates + self._bulk.duplicates

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headrace.actors.model.block import fuse, to_fp8
 from headrace.actors.model.config import ModelConfig
-from headrace.actors.model.linear import ROWS_AT_ONCE, Fp8Weight, grouped_linear, linear, quantize
+from headrace.actors.model.linear import FEW_ROWS, ROWS_AT_ONCE, Fp8Weight, grouped_linear, linear, quantize
 from headrace.actors.model.qwen3_moe import Qwen3Moe
 from headrace.kernels.precision import fp8_quant, range_search
 
@@ -76,8 +76,9 @@ def test_products_without_emulation_take_the_codes() -> None:
     torch.testing.assert_close(linear(x, bare), linear(x, held))
     experts = quantize(drawn(2, 6, 8))
     bare = Fp8Weight(experts.codes, experts.scales, None, False)
-    ends = torch.tensor([1, 3], dtype=torch.int32)
-    torch.testing.assert_close(grouped_linear(x, bare, ends), grouped_linear(x, experts, ends))
+    for rows in (2 * FEW_ROWS, 2 * FEW_ROWS + 1):
+        x, ends = drawn(rows, 8, seed=2), torch.tensor([1, rows], dtype=torch.int32)
+        torch.testing.assert_close(grouped_linear(x, bare, ends), grouped_linear(x, experts, ends))
 
 
 def test_on_an_accelerator_fp8_activations_go_to_scaled_mm() -> None:

@@ -19,10 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.gemv import moe_gemv
 from ...kernels.precision import fp8_dequant, fp8_quant, range_search
 
 ROWS_AT_ONCE = 512
 """Rows that are searched together on a CPU, so that they stay in its cache."""
+
+FEW_ROWS = 8
+"""Up to so many per expert on average FP8 weights are multiplied as they are read, without a copy in x's dtype."""
 
 
 class Held(Protocol):
@@ -85,9 +89,11 @@ class Fp8Weight:
         return y.to(x.dtype)
 
     def grouped_linear(self, x: Tensor, ends: Tensor) -> Tensor:
-        """See the function `grouped_linear`. On CUDA as in `linear`."""
+        """See the function `grouped_linear`. On CUDA N and K are multiples of 16 where activations are FP8."""
         if self.values is not None:
             return F.grouped_mm(self._seen(x), self.values.transpose(1, 2), offs=ends)
+        if not self.fp8_inputs and len(x) <= FEW_ROWS * len(self.codes):
+            return moe_gemv(x.contiguous(), ends, self.codes, self.scales.squeeze(2))
         if not self.fp8_inputs:
             return F.grouped_mm(x, self._numbers(x.dtype).transpose(1, 2), offs=ends)
         inputs = fp8_quant(x.contiguous(), "row")

@@ -7,6 +7,7 @@ A page may be in the tables of several sequences, which share a beginning; who w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -38,7 +39,7 @@ class PagedCache:
         self.data = torch.zeros(
             config.num_layers, 2, num_pages, config.num_kv_heads, page_tokens, config.head_dim, device=device
         )
-        self._score_bounds = [0.0] * config.num_layers
+        self._score_bounds = [math.inf] * config.num_layers
         self._key_norms = [0.0] * config.num_layers
 
     def expect(self, layers: Sequence[LayerWeights]) -> None:

@@ -237,7 +237,7 @@ class Engine:
         self._precision = precision
         for opened in self._open.values():
             opened.origin = replace(opened.origin, precision=precision)
-        self._slots.tell_origin()
+        self._slots.say_origins()
 
     @torch.inference_mode()
     def step(self) -> list[Chunk]:

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...runtime.exchange import Intake, Manifest, Route, Seat
+from ...runtime.exchange.intake import tree_sinks
+from .precision import Schedule, Watch
 from .requests import Chunk, Request
 
 if TYPE_CHECKING:
     from .actor import Rollout
     from .engine import Engine, Prepared
+    from .runner import Runner
 
     Weights = Prepared | Mapping[str, np.ndarray]
 
@@ -39,7 +42,10 @@ class LocalBackend:
         # A stream's queue is bounded by the tokens that its requests may ask for.
         self._streams: dict[int, asyncio.Queue[list[Chunk]]] = {}
         self._engine: Engine | None = None
-        self._intake: Intake[Weights] = Intake(self._prepare)
+        self._schedule = Schedule(worker.precision)
+        self._watch: Watch | None = None
+        self._told: list[dict[str, Any]] = []
+        self._intake: Intake[Weights] = Intake(self._prepare, tree_sinks(worker))
         self._submitted: list[Request] = []
         self._cancelled: list[int] = []
         self._keys = 0
@@ -117,6 +123,9 @@ class LocalBackend:
                     by_stream.setdefault(queue, []).append(chunk)
             for queue, batch in by_stream.items():
                 queue.put_nowait(batch)
+            told, self._told = self._told, []
+            for fields in told:
+                self._worker.log("precision", **fields)
             if more or self._submitted or self._cancelled:
                 self._work.set()
             else:
@@ -137,6 +146,8 @@ class LocalBackend:
             chunks += engine.step()
             if not engine.num_live or (idle and chunks):
                 break
+        if self._watch is not None:
+            chunks += self._look(engine, self._watch, submitted, cancelled, chunks)
         more = engine.num_live + engine.num_waiting > 0
         ended = time.perf_counter()
         self._busy_s += ended - begun
@@ -145,8 +156,41 @@ class LocalBackend:
             "version": engine.version, "live": engine.num_live, "waiting": engine.num_waiting,
             "steps": engine.stats.num_steps, "tokens": engine.stats.num_generated_tokens,
             "prefilled_tokens": engine.stats.num_prefilled_tokens, "busy_s": self._busy_s,
+            **self._precision_stats(),
         }  # fmt: skip
         return chunks, more
+
+    def _look(
+        self, engine: Engine, watch: Watch, submitted: list[Request], cancelled: list[int], chunks: list[Chunk]
+    ) -> list[Chunk]:
+        """Shows the watch what went in and came out. If the precision changes by it, returns what is of the old one."""
+        watch.begin(submitted, engine.version)
+        for key in cancelled:
+            watch.cancel(key)
+        watch.take(chunks)
+        told = watch.look(engine.version)
+        if told is None:
+            return []
+        self._told.append(told)
+        engine.now_in(self._schedule.describe())
+        return engine.flush()
+
+    def _make_runner(self) -> Runner | None:
+        """What the engine computes with; None leaves it to the engine."""
+        worker = self._worker
+        if not worker.precision.uses_fp8:
+            return None
+        from .scheduled import scheduled_runner
+
+        runner = scheduled_runner(
+            worker.model, self._schedule, num_slots=worker.num_slots,
+            max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
+        )  # fmt: skip
+        self._watch = Watch(self._schedule, runner.read)
+        return runner
+
+    def _precision_stats(self) -> dict[str, float]:
+        return {} if self._watch is None else self._schedule.stats()
 
     def _prepare(self, version: int, tensors: Mapping[str, np.ndarray]) -> Weights:
         """On the weights' thread: makes the second buffer. The first weights wait for their engine as they are."""
@@ -164,11 +208,12 @@ class LocalBackend:
             self._stats = {**self._stats, "version": version}
             return
         assert not isinstance(weights, Prepared)
-        worker = self._worker
+        worker, runner = self._worker, self._make_runner()
         self._engine = Engine(
             worker.model, weights, version=version, num_slots=worker.num_slots,
             max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
-            eos_id=worker.task.eos_id, seed=worker.run.seed, chunk_tokens=worker.chunk_tokens,
+            eos_id=worker.task.eos_id, seed=worker.run.seed, chunk_tokens=worker.chunk_tokens, runner=runner,
+            precision=self._schedule.describe() if self._watch else "float32",
         )  # fmt: skip
 
 

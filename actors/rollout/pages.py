@@ -40,11 +40,11 @@ class PagePool:
         """Counts one user less of each of `pages`, which are distinct. Returns those that are free now."""
         assert (self._users[pages] > 0).all(), "a free page can't be given back"
         self._users[pages] -= 1
-        freed = pages[self._users[pages] == 0]
+        freed: np.ndarray = pages[self._users[pages] == 0]
         for page in freed.tolist():
             heapq.heappush(self._free, page)
         return freed
 
     def users(self, pages: np.ndarray) -> np.ndarray:
         """Users of each page, int32 [n]."""
-        return self._users[pages]
+        return np.asarray(self._users[pages])

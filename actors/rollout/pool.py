@@ -77,15 +77,16 @@ class Writer:
 class RolloutPool:
     """See the module. `actor` is the one that owns the tasks: the controller."""
 
-    def __init__(self, actor: Actor, owner: Owner, name: str = "rollout") -> None:
+    def __init__(self, actor: Actor, owner: Owner, name: str = "rollout", carrier: str = "auto") -> None:
         self._actor = actor
         self._owner = owner
         self._copies = actor.copies(name)
         self._writers: dict[str, Writer] = {}
         self._watching: dict[str, asyncio.Task[None]] = {}
         self._exchange = Exchange(
-            self._republish, patience=PATIENCE, on_held=self._held, on_lost=self._not_taken, background=actor.background
-        )
+            self._republish, carrier=carrier, patience=PATIENCE, on_held=self._held, on_lost=self._not_taken,
+            background=actor.background,
+        )  # fmt: skip
         self._published = 0.0
         self._news = asyncio.Event()
         self._waiting: Counter[int] = Counter()
@@ -181,6 +182,9 @@ class RolloutPool:
     def _not_taken(self, name: str, why: str) -> None:
         manifest = self._exchange.manifest
         self._actor.log("weights_not_taken", worker=name, version=manifest and manifest.version, reason=why)
+        refused = self._exchange.refused
+        if name in refused and all(writer.stopped or writer.name in refused for writer in self._writers.values()):
+            raise refused[name]  # In a task of the owner, which so fails, and says why.
 
     # Writing ------------------------------------------------------------------------------------------------
 

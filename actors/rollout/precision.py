@@ -1,7 +1,7 @@
 """Which phase of generation computes in FP8, and what happens when that moves the policy: settings, schedule, watch.
 
     [actors.rollout]
-    precision = { prefill = "fp8", decode = "fp8", kl_bound = 2e-3 }
+    precision = { prefill = "fp8", decode = "fp8", kl_bound = 1e-2 }
 
     new version --> some new answers are followed to their end --> both policies read them --> token KL(fp8 || full)
       above the bound: every phase in full precision, from the next step on
@@ -47,9 +47,10 @@ class Precision:
     """Log-probabilities of given sequences."""
     activations: Kind = "full"
     """Of the products with FP8 weights. On CUDA only FP8 activations save time: both sides go to the tensor cores."""
-    kl_bound: Annotated[float, Gt(0)] = 2e-3
-    """Largest mean token KL(fp8 || full), in nats, over a sample of the engine's own answers; past it FP8 is left."""
-    sample: Annotated[int, Ge(0)] = 4
+    kl_bound: Annotated[float, Gt(0)] = 1e-2
+    """Largest mean token KL(fp8 || full), in nats, over a sample of the engine's own answers; past it FP8 is left. A
+    token that FP8 sends to another expert may have 1 by itself, so leave room above the mean over many tokens."""
+    sample: Annotated[int, Ge(0)] = 8
     """Answers per version that are measured; 0 measures none, and never falls back."""
     recover: Annotated[int, Ge(1)] = 2
     """Versions in a row that must pass before FP8 comes back."""
@@ -163,6 +164,7 @@ class Watch:
         """The request is forgotten."""
         for followed in [name for name in self._followed if name[0] == key]:
             del self._followed[followed]
+        self._prompts.pop(key, None)
 
     def look(self, version: int) -> dict[str, Any] | None:
         """Measures if there is something to measure and nothing to wait for; returns what `Schedule.measured` says."""

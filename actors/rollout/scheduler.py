@@ -62,7 +62,8 @@ class Scheduler:
         """What is prefilled in the next pass, and how many tokens of it: nothing if it would wait for a slot then."""
         if not self.waiting or self.waiting[0].logits is not None or not self._num_open_slots:
             return []
-        budget, chosen = self._prefill_tokens, []
+        budget = self._prefill_tokens
+        chosen: list[tuple[Waiting, int]] = []
         for waiting in islice(self.waiting, NUM_AHEAD):
             if waiting.logits is not None:
                 continue

@@ -7,6 +7,8 @@ weights or queues.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ..types import Finish, Origin
@@ -35,6 +37,8 @@ class Slots:
         """Whether there are stop sequences or texts to look for"""
         self._begun = np.zeros(num_slots, bool)
         """Whether a chunk has been handed out from this slot"""
+        self._told = np.zeros(num_slots, bool)
+        """Whether its newest origin has been"""
         self._last = np.zeros(num_slots, np.int64)
         """Newest token: of the prompt while the response is empty"""
         self._position = np.zeros(num_slots, np.int64)
@@ -85,7 +89,7 @@ class Slots:
         self._temperature[new] = request.temperature
         self._top_k[new], self._top_p[new], self._min_p[new] = request.top_k, request.top_p, request.min_p
         self._watched[new] = bool(request.stop or request.stop_strings)
-        self._begun[new] = False
+        self._begun[new] = self._told[new] = False
         self._last[new] = request.prompt[-1]
         self._position[new] = len(request.prompt) - 1
         self._length[new] = 0
@@ -159,8 +163,8 @@ class Slots:
     def truncation(self) -> dict[str, np.ndarray]:
         """top_k int64, top_p and min_p float32 of the live responses, each only if any of them asks for it."""
         live = slice(self.num_live)
-        settings = {"top_k": (self._top_k, 0), "top_p": (self._top_p, 1), "min_p": (self._min_p, 0)}
-        return {name: values[live] for name, (values, off) in settings.items() if (values[live] != off).any()}
+        settings = (("top_k", self._top_k, 0), ("top_p", self._top_p, 1), ("min_p", self._min_p, 0))
+        return {name: values[live] for name, values, off in settings if (values[live] != off).any()}
 
     def append(self, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """Adds a token (int64 [num_live]) and its log-probability (float32 [num_live]) to each live response."""
@@ -184,7 +188,7 @@ class Slots:
 
     def asked(self, slot: int) -> Request:
         """The request of a response; its prefixes are of the time it was given a slot."""
-        request = self._asked[self._row[slot]]
+        request = self._asked[int(self._row[slot])]
         assert request is not None
         return request
 
@@ -212,7 +216,10 @@ class Slots:
         routes = None if self._routes is None else self._routes[row, fresh].copy()
         if routes is not None and before is not None:
             routes = np.concatenate([before, routes])
-        first, self._begun[slot] = not self._begun[slot], True
+        told = origin if not self._told[slot] else None
+        if told is not None and self._begun[slot]:
+            told = replace(told, afresh=False)
+        self._begun[slot] = self._told[slot] = True
         return Chunk(
             key=int(self._key[slot]),
             member=int(self._member[slot]),
@@ -222,12 +229,12 @@ class Slots:
             finish=finish,
             refusal=refusal,
             routes=routes,
-            origin=origin if first else None,
+            origin=told,
         )
 
-    def tell_origin(self) -> None:
-        """The next chunk of each response says where it comes from."""
-        self._begun[: self.num_live] = False
+    def say_origins(self) -> None:
+        """The next chunk of each live response says its origin again."""
+        self._told[: self.num_live] = False
 
     def response(self, slot: int) -> tuple[int, int, np.ndarray]:
         """Key, member and all tokens (int32 [n]) of a response."""

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .boxes import cut
+from .fp8 import FLOATS
 from .header import stored
 from .plan import Moves, Plan
 
@@ -127,6 +128,6 @@ def _padded(nbytes: np.ndarray) -> np.ndarray:
 
 
 def _quantizable(name: str, dtype: str, quantized: Collection[str]) -> bool:
-    if name in quantized and dtype not in ("<f4", "<f2", "bfloat16"):
-        raise ValueError(f"{name} is {dtype}: only <f4, <f2 and bfloat16 can travel as FP8; take it off the list")
+    if name in quantized and dtype not in FLOATS:
+        raise ValueError(f"{name} is {dtype}: only {', '.join(FLOATS)} can travel as FP8; take it off the list")
     return name in quantized

@@ -19,6 +19,7 @@ weights, versions or cupy.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -147,6 +148,8 @@ class Communicator:
         self._calls: Lane | None = None
         self._looks: Lane | None = None
         self._run: _Run | None = None
+        self._lock = threading.Lock()
+        """Of `_run`: its loop is not closed while somebody tells it to stop."""
         self._rank, self._size = 0, 0
         self._step = ""
         """The call that is being made."""
@@ -182,15 +185,17 @@ class Communicator:
             await self._abort()
             raise
         finally:
-            self._run = None
+            with self._lock:
+                self._run = None
 
     def tell(self, epoch: int, why: str) -> None:
         """Has what goes on in this epoch, or an earlier one, end soon; from now on they are refused."""
         self.over = max(self.over, epoch)
-        run = self._run
-        if run is not None and self.epoch <= epoch:
-            run.why, run.over = why, True
-            run.loop.call_soon_threadsafe(run.told.set)
+        with self._lock:
+            run = self._run
+            if run is not None and self.epoch <= epoch:
+                run.why, run.over = why, True
+                run.loop.call_soon_threadsafe(run.told.set)
 
     async def retire(self, epoch: int) -> None:
         """Gives back the communicator of this epoch or an earlier one, so that nothing stands between all members and

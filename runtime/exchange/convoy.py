@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import CommunicatorHung, RuntimeFault, TransferFailed
+from ..errors import CommunicatorHung, CorruptWeights, RuntimeFault, TransferFailed
 from .header import Manifest, Route
 
 TOGETHER = 2
@@ -189,7 +189,7 @@ def _said(errors: Mapping[str, Exception], name: str) -> str:
 
 def _may_try_again(error: Exception) -> bool:
     """It is alive, and rid of what failed."""
-    return isinstance(error, TransferFailed) and not isinstance(error, CommunicatorHung)
+    return isinstance(error, (TransferFailed, CorruptWeights)) and not isinstance(error, CommunicatorHung)
 
 
 async def _cancelled(tasks: Any) -> None:

@@ -129,6 +129,11 @@ class Exchange:
         """Members that did not take what they were given last, and why."""
         return {member.name: member.lost for member in self._members.values() if member.lost}
 
+    @property
+    def refused(self) -> dict[str, Exception]:
+        """Members that can never take the newest version, and why."""
+        return {m.name: m.refused for m in self._members.values() if m.refused is not None}
+
     async def join(self, name: str, port: Port, incarnation: int = 0) -> int:
         """A member comes, or comes back. Returns once it holds the newest version, that version; NOTHING if there is
         none yet.

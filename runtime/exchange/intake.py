@@ -15,15 +15,22 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
+from ..curve import Keys
 from ..errors import BadWeights, TransferFailed
 from ..thread import WorkThread
+from ..zmq_transport import ZmqTransport
 from .carrier import Sink
+from .fp8 import restore
 from .header import Manifest, Route, Seat, host_id
 from .shm import Receiver
+from .tree import TreeSink
+
+if TYPE_CHECKING:
+    from ..actor import Actor
 
 T = TypeVar("T")
 Prepare = Callable[[int, Mapping[str, np.ndarray]], T]
@@ -110,9 +117,23 @@ class Intake(Generic[T]):
         _give_way()
         if route.carrier == "shm":
             with self._receiver.hold(manifest) as tensors:
-                return self._prepare(manifest.version, tensors)
+                return self._prepare(manifest.version, restore(tensors))
         tensors = self._sinks[route.carrier].receive(manifest, route)
-        return self._prepare(manifest.version, tensors)
+        return self._prepare(manifest.version, restore(tensors))
+
+
+def place_of(actor: Actor) -> tuple[str, Keys | None]:
+    """Where the tree may serve from an actor's process, and the keys to that; "" if its node is not on tcp."""
+    transport = actor._node.transport if actor._node is not None else None
+    if not isinstance(transport, ZmqTransport) or not transport.address.startswith("tcp://"):
+        return "", None
+    return transport.address.rpartition(":")[0] + ":0", transport.keys
+
+
+def tree_sinks(actor: Actor) -> dict[str, Sink]:
+    """A sink of the tree for an actor whose node is on tcp; none for others, whom nobody on another host needs."""
+    address, keys = place_of(actor)
+    return {"tree": TreeSink(address, keys=keys)} if address else {}
 
 
 def _give_way() -> None:

@@ -38,6 +38,9 @@ FANOUT = 2
 PATIENCE = 4
 """Stalls after which a source that goes on like this until the deadline would have brought too little is too slow."""
 
+SILENCES = 8
+"""Stalls in a row after which a publisher is taken for gone: it is asked for another manifest."""
+
 POLL_MS = 20
 """How soon an abort is noticed."""
 
@@ -175,15 +178,19 @@ class _Fetch:
 
     def run(self) -> None:
         """Raises TransferFailed if it was aborted, TimeoutError past the deadline, StaleIncarnation, CorruptWeights."""
-        sources = deque(self._route.sources)
+        sources, silent = deque(self._route.sources), 0
         while self._work.num_here < self._num_buckets:
             source = sources.popleft() if len(sources) > 1 else sources[0]
-            dealer = self._sink.dealer(source)
+            dealer, last, here = self._sink.dealer(source), source == sources[-1], self._work.num_here
             try:
-                if not self._from(dealer, last=source == sources[-1]):
-                    self._sink.passed_over[source] = None
+                if self._from(dealer, last=last):
+                    return
             finally:
                 dealer.close(linger=0)
+            self._sink.passed_over[source] = None
+            silent = silent + 1 if last and self._work.num_here == here else 0
+            if silent == SILENCES:
+                raise self._stale(f"its publisher has been asked {SILENCES} times and is silent")
 
     def _from(self, dealer: Socket, *, last: bool) -> bool:
         """Fetches what is missing from one source; False once it is silent, too slow, or has nothing."""
@@ -197,8 +204,13 @@ class _Fetch:
                 asked += count
             if dealer.poll(POLL_MS):
                 heard_at = time.monotonic()
-                if not self._take(*dealer.recv_multipart(copy=False), last=last):
-                    return False
+                try:
+                    if not self._take(*dealer.recv_multipart(copy=False), last=last):
+                        return False
+                except CorruptWeights:
+                    if last:
+                        raise
+                    return False  # It has begun to receive something newer in the place of this.
             now = time.monotonic()
             self._check(now)
             if now - heard_at > self._route.stall_s:
@@ -215,10 +227,7 @@ class _Fetch:
         head, data = BucketHeader.unpack(frames[0].buffer), frames[-1].buffer
         if not head.nbytes:
             if last:
-                raise StaleIncarnation(
-                    f"version {manifest.version} of {manifest.name} can't be fetched: its publisher has it no more; "
-                    "ask for the newest"
-                )
+                raise self._stale("its publisher has it no more")
             return False
         place = manifest.bucket(work.num_here)
         said = head.version, head.epoch, head.incarnation, head.generation, head.index, head.nbytes, len(data)
@@ -237,6 +246,12 @@ class _Fetch:
         work.num_here += 1
         self._sink.grown()
         return True
+
+    def _stale(self, why: str) -> StaleIncarnation:
+        manifest = self._work.manifest
+        return StaleIncarnation(
+            f"version {manifest.version} of {manifest.name} can't be fetched: {why}; ask for the newest"
+        )
 
     def _check(self, now: float) -> None:
         """Raises if the fetch is to end."""

@@ -5,6 +5,8 @@
 rate      N responses of the same length through Rollout.generate (scheduling, sampling, log-probabilities, versions,
           chunks), less what the same responses cost with a single token; against steps of Decoder over a contiguous
           cache that are fed the same tokens, and nothing else
+waste     places for tokens in pages in use in which there is none, over all places there, summed over the steps of
+          long-tailed groups
 prompt    tokens of prompts that were computed, over those that there are: once for each group
 swap      the longest step during which new weights came, over the median step, less one
 """
@@ -22,10 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from _engine_work import GROUP_SIZE, MODEL, Endless, make_work
+from _engine_work import EOS_ID, GROUP_SIZE, MAX_NEW, MAX_PROMPT, MODEL, Endless, make_work
 
 from headrace.actors.model.decode import Decoder, KvCache
 from headrace.actors.rollout import Rollout
+from headrace.actors.rollout.engine import Engine
 from headrace.actors.rollout.local import LocalBackend
 from headrace.actors.rollout.requests import Request
 from headrace.actors.trainer.settings import RlSettings
@@ -135,6 +138,27 @@ async def prompt_ratio() -> float:
         return float((await bench.rollout.stats())["prefilled_tokens"] / prompts)
 
 
+def kv_waste() -> float:
+    work = make_work()
+    engine = Engine(
+        MODEL, work.weights, version=1, num_slots=128, max_prompt_tokens=MAX_PROMPT, max_new_tokens=MAX_NEW,
+        eos_id=EOS_ID, seed=0,
+    )  # fmt: skip
+    for number, prompt in enumerate(work.prompts):
+        engine.submit(
+            Request(
+                key=number, ordinal=number, prompt=prompt, members=list(range(GROUP_SIZE)), temperature=0.0,
+                max_new_tokens=int(work.lengths[number * GROUP_SIZE]),
+            )
+        )  # fmt: skip
+    held = room = 0
+    while engine.num_live or engine.num_waiting:
+        engine.step()
+        tokens, places = engine.kv_use()
+        held, room = held + tokens, room + places
+    return 1 - held / room
+
+
 async def swap_delay() -> float:
     """Step times as the thread sees them, while weights arrive as they do in a run."""
     async with Bench(64) as bench:
@@ -180,6 +204,7 @@ async def main() -> None:
     figures: dict[str, float] = {}
     for size in SIZES:
         figures |= await decode_ratio(size)
+    figures["kv_waste_ratio"] = kv_waste()
     figures["prompt_computed_ratio"] = await prompt_ratio()
     figures["swap_delay_ratio"] = await swap_delay()
     print(json.dumps(figures))

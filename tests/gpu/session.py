@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from case import Case, cases
+from exchange_session import main as exchange
 
 from headrace.kernels.build import ARCHITECTURES, compile_source
 from headrace.kernels.specs import all_specs
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str]) -> int:
     if not options.no_sanitizer:
         code |= _sanitize(options)
     _time_and_tune(chosen, options)
+    if not options.only:
+        print("\nweights between processes (tests/gpu/exchange)")
+        code |= exchange([]) == 1
     return code
 
 

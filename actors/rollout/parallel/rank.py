@@ -80,6 +80,7 @@ class Rank:
 
     def _take(self, weights: DecoderWeights, placements: Sequence[Placement]) -> None:
         self._weights = weights
+        self._cache.expect(weights.layers)
         self.placements = placements
         self._slots = [Slots(placement, self._place.e, self.link.device) for placement in placements]
 

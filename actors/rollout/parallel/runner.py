@@ -8,6 +8,7 @@ Between two steps it may move experts to where the load is (balance.py). Knows n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,12 +132,17 @@ class Follower:
         while True:
             kind, values = self._link.orders.take()
             if kind == "run":
-                rank.run(Batch(*(np.array(v) if isinstance(v, np.ndarray) else v for v in values)))
+                rank.run(Batch(*map(_own, values)))
             elif kind == "load":
                 self._load(rank, *values)
             elif kind == "place":
-                rank.place_experts(from_arrays(*values, mesh, self._config))
+                rank.place_experts(from_arrays(values[0], mesh, self._config))
             elif kind == "copy":
-                rank.copy_pages(*map(np.array, values))
+                rank.copy_pages(*map(_own, values))
             else:
-                rank.clear_pages(*map(np.array, values))
+                rank.clear_pages(*map(_own, values))
+
+
+def _own(value: Any) -> Any:
+    """What was received is read-only, which torch does not like."""
+    return np.array(value) if isinstance(value, np.ndarray) else value
