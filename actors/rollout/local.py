@@ -213,6 +213,7 @@ class LocalBackend:
             worker.model, weights, version=version, num_slots=worker.num_slots,
             max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
             eos_id=worker.task.eos_id, seed=worker.run.seed, chunk_tokens=worker.chunk_tokens, runner=runner,
+            worker=worker.name,
             precision=self._schedule.describe() if self._watch else "float32",
         )  # fmt: skip
 

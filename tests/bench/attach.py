@@ -1,9 +1,9 @@
 """Two doors: how long a console takes to its prompt, to a completion, to a stack; what consoles cost; embedding.
 
-attach_s            from the start of `bin/attach` to its prompt, on a running default job, in an environment that is made
+attach_s            from the start of `bin/attach` to its prompt, on a running default job; the environment is there
 completion_s        from the Tab key to the name of an actor in the line, the first one of a console
-stack_s             stack() of an actor that computes in Python and holds up its loop; stack_kept_interpreter_s of one in C
-                    code that never lets go of the interpreter
+stack_s             stack() of an actor that computes in Python and holds up its loop; stack_kept_interpreter_s: of one
+                    in C code that never lets go of the interpreter
 slowdown_ratio      tokens sampled per second of the default job: 1 - with 24 consoles attached / without; medians over
                     windows in the order without, with, with, without
 console_cpu_ratio   processor time of these 24 consoles, as a share of one core
@@ -46,7 +46,7 @@ BARS = [
 
 CONSOLES = 24
 REPEATS = 7
-JOB_S = 120.0
+JOB_S = 400.0
 """Time that a job may take until its rollout samples for RL."""
 WINDOW_S = 8.0
 
@@ -78,7 +78,7 @@ def _job(folder: Path, say: Say) -> Iterator[Path]:
     say("the default job, until it samples for RL")
     command = [
         sys.executable, "-P", "-m", "headrace", "launch", str(ROOT / "cluster.toml"), "--plain",
-        "--set", f"run.directory={folder}/runs", "--set", "rl.steps=100000", "--set", "sft.steps=150",
+        "--set", f"run.directory={folder}/runs", "--set", "rl.steps=100000", "--set", "sft.steps=60",
     ]  # fmt: skip
     run = folder / "runs" / "default"
     with (folder / "log").open("w") as log:
