@@ -333,10 +333,10 @@ class Controller(Actor):
 
     async def _publish(self) -> None:
         """Has the trainer lay out its weights as the newest version; rollout takes them while training goes on."""
-        self.rollout.publish(await self.republish())
+        await self.rollout.publish(self.state.version)
 
-    async def republish(self) -> Manifest:
-        return await self.trainer.publish(self.rollout.needed())
+    async def lay_out(self, version: int, keep: dict[int, list[str]]) -> Manifest:
+        return await self.trainer.publish(keep)
 
     def halted(self, group: Group) -> None:
         if group.prompt.ordinal in self.ledger.running:
@@ -459,10 +459,11 @@ class Controller(Actor):
 
     @message(concurrent=True, lane=Lane.CONTROL)
     async def explain(self, ordinal: int) -> list[dict[str, Any]]:
-        """What became of a group, or where it stands: who generated which tokens, verdicts, rewards."""
+        """What became of a group, or where it stands: who generated which tokens, verdicts, rewards.
+        Raises LookupError if that is not known."""
         group = self.state.in_flight.get(ordinal)
         if group is None:
-            return self.stories.of(ordinal)
+            return self.stories.of(ordinal, self.state.next_ordinal)
         return [{"event": "generated" if group.finished else "generating", "prompt": ordinal}, *described(group)]
 
     @message(concurrent=True, lane=Lane.CONTROL, deadline_s=3600.0)

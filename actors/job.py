@@ -21,9 +21,11 @@ from ..runtime.rundir import RunDirectory, RunSpec, write_atomically
 from ..runtime.toml import ConfigError, Document
 from .algorithms import Algorithm
 from .algorithms.load import load_algorithm, make_algorithm, needs_critic
+from .carriers import carriers, described
 from .data import TASKS, RunningSum, Task
 from .evaluator.settings import EvaluationSettings
 from .model.config import ModelConfig
+from .rollout import Rollout
 from .stream.policy import stream_policy
 from .trainer.settings import CriticSettings, RlSettings, SftSettings
 
@@ -83,6 +85,7 @@ class Job:
             f"run {self.run.path}, seed {self.run.seed}: {self.sft.steps} SFT steps, then {self.rl.steps} "
             f"RL steps of {self.rl.algorithm} on {self.rl.groups_per_step} groups of {self.rl.group_size}",
             *(f"  node {node:<{width}}  {actors or '(nothing, not started)'}" for node, actors in homes.items()),
+            *described(carriers(self.cluster, _carrier(self.cluster))),
         ]
         return "\n".join(lines)
 
@@ -150,8 +153,23 @@ def _job(document: Document, actors: Mapping[str, Actor | type[Actor]] | None = 
     _check_task(document, job)
     _check_algorithm(document, job)
     _check_lengths(document, job)
+    _check_ranks(document, job)
     _check_stream(document, job)
+    _check_weights(document, job)
+    _check_carrier(document, job)
     return job
+
+
+def _carrier(cluster: ClusterSpec) -> str:
+    """The one that is named for weights, or "auto"."""
+    return str(getattr(cluster.actors["controller"].instance, "carrier", "auto"))
+
+
+def _check_carrier(document: Document, job: Job) -> None:
+    try:
+        carriers(job.cluster, _carrier(job.cluster))
+    except ValueError as error:
+        raise document.error(("actors", "controller", "carrier"), str(error)) from None
 
 
 def _check_roles(document: Document, job: Job) -> None:
@@ -240,6 +258,31 @@ def _check_lengths(document: Document, job: Job) -> None:
             f"prompts of {job.task.max_prompt_tokens} and responses of {job.rl.max_new_tokens} tokens don't fit into "
             f"[model] max_positions = {positions}; set that to {longest} or more, or this to "
             f"{positions - job.task.max_prompt_tokens} or less",
+        )
+
+
+def _check_ranks(document: Document, job: Job) -> None:
+    """A rollout worker has as many ranks as it divides its model into."""
+    for name, spec in job.cluster.actors.items():
+        if isinstance(spec.instance, Rollout) and spec.ranks != spec.instance.mesh.size:
+            mesh = spec.instance.mesh
+            raise document.error(
+                ("actors", name, "ranks"),
+                f"must be tp * ep * sp = {mesh.tp} * {mesh.ep} * {mesh.sp}, got {spec.ranks}; set it to {mesh.size}",
+            )
+
+
+def _check_weights(document: Document, job: Job) -> None:
+    """Weights as FP8 are for engines of ours that take whole tensors."""
+    trainer, rollout = (job.cluster.actors[role] for role in ("trainer", "rollout"))
+    if not getattr(trainer.instance, "publish_fp8", False):
+        return
+    engine = getattr(rollout.instance, "engine", "headrace")
+    if rollout.ranks > 1 or engine != "headrace":
+        raise document.error(
+            ("actors", "trainer", "publish_fp8"),
+            f"rollout has ranks = {rollout.ranks} and engine = {engine!r}, and FP8 comes only to workers of one rank "
+            'with engine = "headrace"; set one or the other',
         )
 
 

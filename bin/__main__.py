@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "launch": ("headrace.cli", "launch_main", "run a cluster file"),
+    "attach": ("headrace.attach", "attach_main", "look into a running job"),
     "bench": ("headrace.benchmark", "bench_main", "measure, and compare with the bars"),
     "test": ("headrace.testing", "test_main", "run the tests (in a checkout)"),
 }

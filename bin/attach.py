@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,9 @@ def attach_main(arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # What is left goes nowhere.
+        return 1
 
 
 def find_run(name: str, runs: Path) -> Path:
@@ -65,13 +69,15 @@ def find_run(name: str, runs: Path) -> Path:
 
 
 def is_living(run: Path) -> bool:
-    """Whether the process that wrote attach.json is there."""
-    try:
-        os.kill(int(json.loads((run / FILE).read_text())["pid"]), 0)
-    except PermissionError:
-        return True
-    except (OSError, ValueError, KeyError):
-        return False
+    """Whether a process listens at the socket of attach.json: a run that was killed leaves that file behind."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(json.loads((run / FILE).read_text())["socket"])
+        except PermissionError:
+            return True
+        except (OSError, ValueError, KeyError):
+            return False
     return True
 
 

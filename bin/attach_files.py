@@ -31,18 +31,25 @@ class Files:
         journal = self._run / "journal" / "pool"
         if not journal.exists():
             raise LookupError(f"{journal} is not there: this run has kept no samples")
+        from .actors.stream.stories import described
         from .runtime.journal import Journal
         from .runtime.pool_state import Pool
-
-        from .actors import types  # isort: skip  # noqa: F401 (what the entries are made of)
 
         with tempfile.TemporaryDirectory(prefix="headrace-attach-") as scratch:
             copy = Path(scratch) / "pool"
             shutil.copyfile(journal, copy)  # Opening a journal claims it, and cuts off what is torn.
+            journaled = Journal(copy)
+            entries = [record[2] for record in journaled.replay() if record[0] in ("put", "keep")]
+            journaled.close()
             pool = Pool(capacity=1, journal=Journal(copy))
-            told = pool.explain(sample)
+            told, known = pool.explain(sample), pool.snapshot()["history"]
             pool.close()
-        return told_text([{"actor": "pool", "told": told, "error": f"nothing is known of sample {sample}"}])
+        group = next((entry.payload for entry in entries if entry.id == sample), None)
+        told += [] if group is None else described(group)
+        missing = f"nothing is known of sample {sample}" + (
+            f"; known are some of {min(known)} to {max(known)}" if known else ""
+        )
+        return told_text([{"actor": "pool", "told": told, "error": missing}])
 
     def tail(self, what: str = "events", lines: int = 10) -> Text | None:
         """the last events, or lines of a node's log: tail("rollout", lines=50)"""

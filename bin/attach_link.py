@@ -150,8 +150,10 @@ class Link:
                     deliver(*self._content(kind, header, beside))
         except (OSError, EOFError, ValueError) as error:
             self.closed = self.closed or f"{self.run}: the run has ended ({error or 'its process is gone'})"
-        for number in list(self._asked):
-            self._asked.pop(number)("error", AttachError(self.closed))
+        finally:
+            self.closed = self.closed or f"{self.run}: nothing is read any more"
+            for number in list(self._asked):
+                self._asked.pop(number)("error", AttachError(self.closed))
 
     def _content(self, kind: str, header: frames.Header, beside: bytes) -> tuple[str, Any]:
         if kind == "error":

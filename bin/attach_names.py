@@ -8,7 +8,8 @@ from __future__ import annotations
 import builtins
 import keyword
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ class Ref:
         return f"Ref({self._name!r})"
 
 
+class Call:
+    """A question that is asked when it is awaited; the prompt awaits one that stands alone."""
+
+    def __init__(self, link: Link, question: str, details: dict[str, Any]) -> None:
+        self._ask = partial(link.ask_async, question, **details)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._ask().__await__()
+
+
 class Message:
     """One kind of message of one actor."""
 
@@ -57,9 +68,9 @@ class Message:
         self._actor = actor
         self._method = method
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Call:
         """Call: asks and waits for the answer."""
-        return self._link.ask_async("call", **self._message(args, kwargs))
+        return Call(self._link, "call", self._message(args, kwargs))
 
     def cast(self, *args: Any, **kwargs: Any) -> None:
         """Sends and waits for nothing."""
@@ -86,13 +97,13 @@ class Exposed:
         self._name = name
         self._actor = actor
 
-    def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+    def __getattr__(self, method: str) -> Callable[..., Call]:
         if method.startswith("_"):
             raise AttributeError(method)
 
-        def invoke(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        def invoke(*args: Any, **kwargs: Any) -> Call:
             details = {"name": self._name, "method": method, "args": list(args), "kwargs": kwargs}
-            return self._link.ask_async("invoke", **details)
+            return Call(self._link, "invoke", details)
 
         return invoke
 

@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from .attach_link import AttachError, Link
-from .attach_names import NAMES, Helpers, bind, namespace
+from .attach_names import NAMES, Call, Helpers, bind, namespace
 from .attach_tables import Rows, Text
 from .runtime.errors import RuntimeFault
 from .runtime.repl.show import show
@@ -68,17 +68,22 @@ class Shell:
             if self.entered and not _calls_helper(tree):
                 return self._run_there(text)
             snippet = Snippet(text)
-            self._complete(snippet.run_async(self.names))
+            self._complete(self._run_here(snippet))
             if snippet.value is not None:
                 self.names["_"] = snippet.value
                 made_to_be_shown = isinstance(snippet.value, Text | Rows)
                 print(repr(snippet.value) if made_to_be_shown else show(snippet.value))
             return True
-        except AttachError:
+        except (AttachError, BrokenPipeError):
             raise
         except Exception as error:  # noqa: BLE001 (anything that a user types)
             print(_own_trace(error), end="", file=sys.stderr)
             return False
+
+    async def _run_here(self, snippet: Snippet) -> None:
+        await snippet.run_async(self.names)
+        if isinstance(snippet.value, Call) or asyncio.iscoroutine(snippet.value):
+            snippet.value = await snippet.value
 
     def _run_there(self, text: str) -> bool:
         assert self.link is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,10 @@ def tree_text(tree: Mapping[str, Any]) -> Text:
 
 def _state(actor: Row) -> str:
     state = "paused" if actor["paused"] else actor["state"]
-    return f"{state} {', '.join(actor['running'])}" if actor["running"] and state == "up" else state
+    if state != "up" or not actor["running"]:
+        return str(state)
+    running = Counter(actor["running"])
+    return "up, " + " ".join(f"{method} x{n}" if n > 1 else method for method, n in running.items())
 
 
 def _mailbox(actor: Row) -> str:
@@ -125,11 +129,15 @@ def trace_line(row: Row) -> str:
 def told_text(told: Sequence[Row]) -> Text:
     """For explain()."""
     lines = []
+    if told and not any(part["told"] for part in told):
+        whys = [part["error"].partition("LookupError: ")[2] or part["error"] for part in told if part.get("error")]
+        return Text("; ".join(["nobody knows this sample", *whys]))
     for part in told:
         lines.append(f"{part['actor']}:" + ("" if part["told"] else f" {part.get('error') or 'nothing'}"))
         for event in part["told"] or ():
-            rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event"))
-            lines.append(f"  {clock(event.get('time')):<12}  {event.get('event', '')}  {rest}".rstrip())
+            at = event.get("time", event.get("at"))
+            rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "at", "event"))
+            lines.append(f"  {clock(at):<12}  {event.get('event', '')}  {rest}".rstrip())
     return Text("\n".join(lines) or "no actor explains samples")
 
 

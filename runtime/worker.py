@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from .actor import Actor, message
 from .batches import count, join, nbytes
@@ -63,8 +63,17 @@ class Worker(Actor):
         except Exception as error:
             if self.layout.size == 1 or self._node is None:
                 raise
-            self.background(_failing(error), name=function.__name__)
-            return await asyncio.get_running_loop().create_future()  # Until this actor is ended, which is at once.
+            await self.fail(error)
+
+    async def fail(self, error: Exception) -> NoReturn:
+        """Ends this rank for `error`, and so the group is started again. Whoever waits for its answer hears that."""
+        failing = _failing(error)
+        try:
+            self.background(failing, name="fail")
+        except RuntimeError:
+            failing.close()  # It is being ended already.
+        await asyncio.get_running_loop().create_future()  # Until then, which is at once.
+        raise error
 
     @message(deadline_s=LONGEST_S)
     async def run_method(self, method: str, args: list[Any], kwargs: dict[str, Any], key: str) -> Any:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from headrace.actors.controller import Controller
+from headrace.actors.trainer import Trainer
 from headrace.actors.types import Group, Verdict
 from headrace.actors.verifier import RuleVerifier
 from headrace.runtime import message
+from headrace.runtime.dispatch import RANK_ZERO, dispatch
+from headrace.runtime.exchange import Manifest
 
 
 @dataclass(kw_only=True)
@@ -56,3 +59,17 @@ class FailsAtStep6(Controller):
         if self.state.rl_steps == 6:
             raise ZeroDivisionError("step 6")
         return await super()._measure(*args)
+
+
+@dataclass(kw_only=True)
+class Diverges(Trainer):
+    """From its third RL step on, a weight is no number."""
+
+    @dispatch(RANK_ZERO)
+    @message(thread=True, deadline_s=60.0)
+    def publish(self, version: int, keep: dict[int, list[str]] | None = None) -> Manifest:
+        weights = dict(self._learner.weights())
+        if self._learner.stage == "rl" and self._learner.step >= 3:
+            weights["lm_head.weight"] = weights["lm_head.weight"].copy()
+            weights["lm_head.weight"][5, 7] = float("nan")
+        return self._publisher.publish(version, weights, keep=keep)

@@ -163,6 +163,7 @@ class CompletionsServer:
             Request(
                 key=key, ordinal=body["seed"], prompt=np.array(body["prompt"], np.int32), members=[0],
                 max_new_tokens=body["max_tokens"], temperature=body["temperature"],
+                stop=[np.array([token], np.int32) for token in body["stop_token_ids"] if token != self.eos_id],
             )
         )  # fmt: skip
         self.work.set()

@@ -52,6 +52,11 @@ class Gang:
             follower.take(part)
         return parts[0]
 
+    def leave(self, rank: int) -> None:
+        """As if a rank had died."""
+        self._followers[rank]._link.close()
+        self._threads[rank - 1].join(20.0)
+
     def close(self) -> None:
         self.runner.close()
         for thread in self._threads:

@@ -215,6 +215,36 @@ def test_a_very_small_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_small_weights(tmp_path: Path) -> None:
+    target = tmp_path / "weights.json"
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "headrace",
+        "bench",
+        "weights",
+        "--mib",
+        "8",
+        "--rounds",
+        "1",
+        "--trials",
+        "1",
+    ]
+    command += ["--json", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=220, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(target.read_text())
+    figures, missed = result["figures"], {bar["name"] for bar in result["bars"] if not bar["ok"]}
+    assert all(value is not None for value in figures.values())
+    assert not {
+        name for name in missed if name.startswith(("plan_", "fault_hangs", "fault_mixed", "decode_failed"))
+    } - {"plan_s"}
+    assert figures["shm_tensors_count"] == 300
+
+
+@pytest.mark.slow
 def test_what_is_learned_is_read_from_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     import _learning

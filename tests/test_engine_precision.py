@@ -22,7 +22,7 @@ EOS, PROMPT = 10, np.array([1, 2, 3, 4], np.int32)
 def engine(settings: Precision) -> tuple[Engine, Schedule, Read]:
     schedule = Schedule(settings)
     weights = {name: p.detach().numpy() for name, p in Qwen3Moe(CONFIG, seed=3).named_parameters()}
-    runner = scheduled_runner(CONFIG, schedule, num_slots=4, max_len=48)
+    runner = scheduled_runner(CONFIG, schedule, num_slots=4, max_prompt_tokens=16, max_new_tokens=32)
     made = Engine(
         CONFIG, weights, version=1, num_slots=4, max_prompt_tokens=16, max_new_tokens=32, eos_id=EOS, seed=5,
         runner=runner, precision=schedule.describe(),

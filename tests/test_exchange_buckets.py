@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exchange_plan import TINY, Arrays, arrays_of, layouts, whole_arrays
 
-from headrace.actors.model.shards import engine_holding, trainer_holding
+from headrace.actors.model.shards import engine_holding, matrices, trainer_holding
 from headrace.runtime.errors import BadWeights, CorruptWeights
-from headrace.runtime.exchange import fp8
+from headrace.runtime.exchange import Intake, Publisher, fp8
 from headrace.runtime.exchange.buckets import Schedule
 from headrace.runtime.exchange.header import BucketHeader, stored
 from headrace.runtime.exchange.holding import Held, Holding, Part, Whole
@@ -242,3 +242,36 @@ def test_bfloat16_is_that_of_ml_dtypes() -> None:
     codes = fp8.from_float(values, "bfloat16")
     np.testing.assert_array_equal(codes, expected.view(np.uint16))
     np.testing.assert_array_equal(fp8.as_float(codes, "bfloat16"), expected.astype(np.float32))
+
+
+async def test_a_version_published_as_fp8_is_taken_within_its_error() -> None:
+    random = np.random.default_rng(2)
+    shapes = {"a_proj.weight": (64, 33), "experts.down_proj": (3, 32, 64), "norm.weight": (33,), "gate.weight": (3, 33)}
+    tensors = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    names = matrices(tensors)
+    assert names == {"a_proj.weight", "experts.down_proj"}
+    publisher, intake = Publisher("weights"), Intake(lambda version, taken: {n: a.copy() for n, a in taken.items()})
+    try:
+        manifest = publisher.publish(1, fp8.shrink(tensors, names))
+        assert manifest.nbytes < sum(a.nbytes for a in tensors.values()) / 2
+        taken = await intake.load(manifest)
+    finally:
+        intake.close()
+        publisher.close()
+    assert taken.keys() == tensors.keys()
+    for name, array in tensors.items():
+        if name in names:
+            bound = np.maximum(np.abs(array) * HALF_ULP, np.abs(array).max(-1, keepdims=True) / 448 * 2.0**-10) * 1.01
+            assert (np.abs(taken[name] - array) <= bound).all() and (taken[name] != array).any()
+        else:
+            np.testing.assert_array_equal(taken[name], array)
+
+
+def test_what_can_not_travel_as_fp8_is_refused() -> None:
+    bad = np.array([[1.0, np.nan]], np.float32)
+    with pytest.raises(BadWeights, match="w: 1 of 2 values are not finite"):
+        fp8.shrink({"w": bad}, {"w"})
+    with pytest.raises(BadWeights, match=r"w is <i4 \[2\]: only rows of <f4, <f2, bfloat16"):
+        fp8.shrink({"w": np.zeros(2, np.int32)}, {"w"})
+    with pytest.raises(CorruptWeights, match="codes without scales: w@scales"):
+        fp8.restore({"w@fp8:<f4": np.zeros((1, 2), np.uint8)})

@@ -158,3 +158,14 @@ def test_a_controller_that_fails_again_and_again_is_given_up(tmp_path: Path) -> 
     assert [row["step"] for row in job.rows()] == [1, 2, 3, 4, 5]
     shown = [line.split()[2] for line in job.output.splitlines() if line.split()[1:2] == ["rl"]]
     assert shown[:4] == ["1/30", "2/30", "3/30", "4/30"] and len(shown) == len(set(shown)), "each step is shown once"
+
+
+@pytest.mark.slow
+def test_weights_that_are_no_numbers_are_not_published_and_end_the_run_with_the_reason(tmp_path: Path) -> None:
+    with launch(tmp_path, {"rl.steps": 30}, cluster=cluster_with(tmp_path, "trainer", "Diverges")) as job:
+        assert job.finish() == 1
+    reason = job.errors.splitlines()[0]
+    assert "BadWeights: lm_head.weight of version 4 has at least 1 values that are not finite" in reason
+    assert len(job.errors.splitlines()) == 3 and "Traceback" not in job.output
+    assert job.left_behind() == [] and job.summary["reason"] in reason
+    assert max(row["version"] for row in job.rows()) <= 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from ranked import gang
 from headrace.actors.model.config import ModelConfig
 from headrace.actors.model.qwen3_moe import Qwen3Moe
 from headrace.actors.rollout.parallel.balance import Balance, Balancing
+from headrace.actors.rollout.parallel.lost import RankLost
 from headrace.actors.rollout.parallel.mesh import Mesh
 from headrace.actors.rollout.parallel.part import first_placements
 from headrace.actors.rollout.runner import Batch, Runner
@@ -31,9 +34,12 @@ MESHES = [
 ]  # fmt: skip
 
 
+TIED = replace(CONFIG, tie_word_embeddings=True)
+
+
 @cache
-def weights(seed: int = 0) -> dict[str, np.ndarray]:
-    return {name: tensor.detach().numpy() for name, tensor in Qwen3Moe(CONFIG, seed=seed).named_parameters()}
+def weights(config: ModelConfig = CONFIG) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().numpy() for name, tensor in Qwen3Moe(config).named_parameters()}
 
 
 def batches() -> list[Batch]:
@@ -64,9 +70,9 @@ def batches() -> list[Batch]:
     return found
 
 
-def single() -> SingleRunner:
-    runner = SingleRunner(CONFIG, routes=True, **PAGES)
-    runner.load(runner.prepare(weights()))
+def single(config: ModelConfig = CONFIG) -> SingleRunner:
+    runner = SingleRunner(config, routes=True, **PAGES)
+    runner.load(runner.prepare(weights(config)))
     return runner
 
 
@@ -76,11 +82,11 @@ def outputs(runner: Runner) -> tuple[list[torch.Tensor], list[np.ndarray]]:
     return [torch.log_softmax(f.logits, -1) for f in forwards], [f.routes for f in forwards if f.routes is not None]
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_logits_and_routes_are_those_of_one_rank(mesh: Mesh, tmp_path: Path) -> None:
-    expected, expected_routes = outputs(single())
-    with gang(CONFIG, mesh, tmp_path / "meeting", routes=True, split_tokens=6, **PAGES) as ranks:
-        ranks.runner.load(ranks.runner.prepare(ranks.part(weights())))
+@pytest.mark.parametrize(("mesh", "config"), [*((m, CONFIG) for m in MESHES), (Mesh(tp=2), TIED)])
+def test_logits_and_routes_are_those_of_one_rank(mesh: Mesh, config: ModelConfig, tmp_path: Path) -> None:
+    expected, expected_routes = outputs(single(config))
+    with gang(config, mesh, tmp_path / "meeting", routes=True, split_tokens=6, **PAGES) as ranks:
+        ranks.runner.load(ranks.runner.prepare(ranks.part(weights(config))))
         given, routes = outputs(ranks.runner)
     for ours, theirs in zip(given, expected, strict=True):
         assert ours.shape == theirs.shape
@@ -130,3 +136,46 @@ def test_the_workers_own_load_moves_experts_that_are_busy_together(tmp_path: Pat
         assert new.even_load(np.array([40, 40, 0, 0, 0, 0, 0, 0])).tolist() == [40, 40]
     for ours, theirs in zip(again, expected, strict=True):
         assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_new_weights_count_for_all_ranks_from_the_same_step_on(tmp_path: Path) -> None:
+    other = {name: np.roll(array, 1, -1) for name, array in weights().items()}
+    alone = single()
+    first, *rest = batches()
+    with gang(CONFIG, Mesh(tp=2, ep=2), tmp_path / "meeting", **PAGES) as ranks:
+        for given in (weights(), other):
+            # The others hold the next version long before the first rank says that it counts.
+            prepared = ranks.runner.prepare(ranks.part(given))
+            ranks.part(weights())
+            alone.load(alone.prepare(given))
+            ranks.runner.load(prepared)
+            for batch in (first, *rest):
+                assert (ranks.runner.run(batch).logits - alone.run(batch).logits).abs().max() < 1e-4
+
+
+def test_pages_are_copied_and_cleared_at_all_ranks(tmp_path: Path) -> None:
+    first, second, *_ = batches()
+    moved = replace(second, tables=second.tables + 20)
+    alone = single()
+    with gang(CONFIG, Mesh(tp=2), tmp_path / "meeting", **PAGES) as ranks:
+        ranks.runner.load(ranks.runner.prepare(ranks.part(weights())))
+        for runner in (alone, ranks.runner):
+            runner.run(first)
+            runner.copy_pages(np.arange(20), np.arange(20, 40))
+            runner.clear_pages(np.arange(20))
+        assert (ranks.runner.run(moved).logits - alone.run(moved).logits).abs().max() < 1e-4
+        assert (ranks.runner.run(second).logits - alone.run(second).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("victim", [1, 3])
+def test_a_rank_that_is_gone_is_an_error_for_the_others_at_once(tmp_path: Path, victim: int) -> None:
+    with gang(CONFIG, Mesh(tp=2, ep=2), tmp_path / "meeting", **PAGES) as ranks:
+        ranks.runner.load(ranks.runner.prepare(ranks.part(weights())))
+        first, *_ = batches()
+        ranks.runner.run(first)
+        ranks.leave(victim)
+        began = time.monotonic()
+        with pytest.raises(RankLost, match=r"can't go on|takes no orders"):
+            for _ in range(10):
+                ranks.runner.run(first)
+        assert time.monotonic() - began < 15

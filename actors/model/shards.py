@@ -9,6 +9,8 @@ What an engine makes of its weights (folded norms, interleaved heads, FP8) is it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ...runtime.exchange.holding import Held, Holding, Part, Shard, Split, Whole
 from ...runtime.exchange.mesh import Mesh
 from .config import ModelConfig
@@ -62,6 +64,11 @@ def engine_holding(
     return _holding(
         config, mesh, dtype, tp=axes[tp], ep=axes[ep] if ep > 1 else (), dense=(), experts=(), fuse_qkv=fuse_qkv
     )
+
+
+def matrices(names: Iterable[str]) -> set[str]:
+    """Those of the names that are matrices of attention or of experts: what FP8 hurts little. The router is none."""
+    return {name for name in names if name.removesuffix(".weight").endswith("_proj")}
 
 
 def _holding(

@@ -15,16 +15,19 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from annotated_types import Ge
 
-from ...runtime import Actor, Lane, message
+from ...runtime import Lane, message
 from ...runtime.exchange import Manifest, Route, Seat
 from ...runtime.rundir import RunSpec
+from ...runtime.worker import Worker
 from ..data.task import Task
 from ..model.config import ModelConfig
 from ..trainer.settings import RlSettings
 from .backend import Backend
 from .openai.settings import ServerSettings, check_base_url
+from .parallel.mesh import Mesh
 from .precision import Precision
 from .requests import Chunk, Request
 
@@ -36,8 +39,12 @@ PATIENCE_S = 300.0
 
 
 @dataclass(kw_only=True)
-class Rollout(Actor):
-    """One rollout worker: an engine with its KV cache. `start` imports torch, which takes seconds."""
+class Rollout(Worker):
+    """One rollout worker: an engine with its KV cache. `start` imports torch, which takes seconds.
+
+    With `ranks` = tp * ep * sp in its table the model is divided over so many processes (parallel/): the first of them
+    is asked, the others follow it. Raises ValueError if the model can't be divided so.
+    """
 
     run: RunSpec
     model: ModelConfig
@@ -47,9 +54,24 @@ class Rollout(Actor):
     """Responses that are generated at once."""
     chunk_tokens: Annotated[int, Ge(1)] = 32
     """Tokens of a response between two chunks: what a kill costs at most."""
+    page_tokens: Annotated[int, Ge(1)] = 8
+    """Tokens whose keys and values lie together. Half a page of each response is empty; small pages cost time."""
+    kv_tokens: Annotated[int, Ge(0)] = 0
+    """Room for keys and values of so many tokens; 0: for all slots at their longest. Less has responses wait."""
+    routes: bool = False
+    """Whether each token comes with the experts that it chose, for routing replay."""
+    fixed_shapes: bool = False
+    """Whether a response is the same to the last bit whatever it is batched with, which costs time."""
     precision: Precision = field(default_factory=Precision)
     """Which phases compute in FP8, and when they are to fall back; of our own engine."""
-
+    tp: Annotated[int, Ge(1)] = 1
+    """Ranks that share the heads of attention, and the inner width of each expert."""
+    ep: Annotated[int, Ge(1)] = 1
+    """Ranks that share the experts; which has which follows their load."""
+    sp: Annotated[int, Ge(1)] = 1
+    """Ranks that share the tokens of a step, if there are many: of long prompts."""
+    spare_experts: Annotated[int, Ge(0)] = 0
+    """Replicas of busy experts that a rank has room for, in each layer."""
     engine: Literal["headrace", "openai"] = "headrace"
     """"openai": a server at `base_url` generates, as `server` says."""
     base_url: str = ""
@@ -64,11 +86,30 @@ class Rollout(Actor):
                     f"the server's log-probabilities are those of temperature 1, and [rl] temperature is "
                     f'{self.rl.temperature}; set server.logprobs = "processed" if it gives those that it samples from'
                 )
+            if self.precision.uses_fp8:
+                raise ValueError('precision is of our own engine; leave it out, a server has its own settings for that')
         elif self.base_url:
             raise ValueError('base_url is of a server; set engine = "openai", or leave it out')
+        self.mesh.check(self.model)
+        if self.mesh.size > 1 and self.engine != "headrace":
+            raise ValueError("tp, ep and sp divide our own engine over ranks; a server has its own settings for that")
+        if self.mesh.size > 1 and self.precision.uses_fp8:
+            raise ValueError('precision must be "full" on several ranks; leave it out, or set tp, ep and sp to 1')
+
+    @property
+    def mesh(self) -> Mesh:
+        """How the ranks share the work."""
+        return Mesh(tp=self.tp, ep=self.ep, sp=self.sp, spare_experts=self.spare_experts)
 
     async def start(self) -> None:
+        if self.layout.size != self.mesh.size:
+            raise ValueError(
+                f"ranks must be tp * ep * sp = {self.tp} * {self.ep} * {self.sp}, got {self.layout.size}; "
+                f"set ranks = {self.mesh.size}"
+            )
         self._armed = asyncio.Event()
+        if self.rank:
+            self._armed.set()  # Whoever asks it is told whom to ask.
         self._backend = self._make_backend()
         await self._backend.open()
 
@@ -80,6 +121,10 @@ class Rollout(Actor):
             from .openai.backend import OpenAiBackend
 
             return OpenAiBackend(self)
+        if self.mesh.size > 1:
+            from .parallel.backend import FollowerBackend, RanksBackend
+
+            return RanksBackend(self) if self.rank == 0 else FollowerBackend(self)
         from .local import LocalBackend
 
         return LocalBackend(self)
@@ -99,6 +144,19 @@ class Rollout(Actor):
         await self._backend.load(manifest, route)
         self._armed.set()
         return manifest.version
+
+    @message(concurrent=True, lane=Lane.CONTROL, deadline_s=PATIENCE_S)
+    async def take_part(self, manifest: Manifest, ticket: int, experts: np.ndarray) -> None:
+        """For all ranks but the first, which asks: prepares this rank's part of a version's weights.
+
+        `experts`: int64 [layers, slots], those in the slots of all ranks. Raises as `load`, and ValueError at a rank
+        that follows none.
+        """
+        from .parallel.backend import FollowerBackend
+
+        if not isinstance(self._backend, FollowerBackend):
+            raise ValueError(f"{self.name} follows no other rank; have it load the whole version")
+        await self._backend.take_part(manifest, ticket, experts)
 
     @message(concurrent=True, deadline_s=PATIENCE_S)
     async def generate(self, requests: list[Request]) -> AsyncIterator[list[Chunk]]:

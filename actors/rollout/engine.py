@@ -232,7 +232,7 @@ class Engine:
         self._scheduler.forget_computed()
 
     def now_in(self, precision: str) -> None:
-        """For the record: later tokens are computed in this precision. What there is, is handed out apart from them."""
+        """Says, for the record, what precision later tokens are computed in."""
         self._outbox = self.flush()
         self._precision = precision
         for opened in self._open.values():

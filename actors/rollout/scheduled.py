@@ -16,6 +16,7 @@ from ..model.attention import PackedAttention
 from ..model.block import to_fp8
 from ..model.config import ModelConfig
 from ..model.decode import DecoderWeights, forward, logits
+from .engine import enough_pages
 from .precision import Kind, Schedule
 from .runner import Batch, Forward
 from .single import SingleRunner
@@ -64,7 +65,9 @@ class ScheduledRunner(SingleRunner):
         return logits(self.config, weights, x)
 
 
-def scheduled_runner(config: ModelConfig, schedule: Schedule, *, num_slots: int, max_len: int) -> ScheduledRunner:
-    """One with room for `num_slots` responses of `max_len` tokens with their prompts."""
-    num_pages = num_slots * -(-max_len // PAGE_TOKENS) + 1
+def scheduled_runner(
+    config: ModelConfig, schedule: Schedule, *, num_slots: int, max_prompt_tokens: int, max_new_tokens: int
+) -> ScheduledRunner:
+    """One with all the pages that an engine of these sizes can use."""
+    num_pages = enough_pages(num_slots, max_prompt_tokens, max_new_tokens, PAGE_TOKENS)
     return ScheduledRunner(config, schedule, num_pages=num_pages, page_tokens=PAGE_TOKENS)

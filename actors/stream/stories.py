@@ -9,28 +9,34 @@ from typing import Any
 
 from ..types import Group, Trajectory
 
-NUM_KEPT = 1024
-"""Groups that are remembered; about 1 KB each."""
+NUM_KEPT = 512
+"""Groups of each end (trained, filtered, failed) that are remembered; some KB each."""
 
 Event = dict[str, Any]
 
 
 class Stories:
-    """By ordinal, the newest last."""
+    """By end and ordinal."""
 
     def __init__(self) -> None:
-        self._told: dict[int, list[Event]] = {}
+        self._told: dict[str, dict[int, list[Event]]] = {}
 
     def tell(self, group: Group, event: str, **why: Any) -> None:
-        """The group has come to an end of its way, or to a station of it."""
-        story = self._told.setdefault(group.prompt.ordinal, [])
-        story += [{"time": round(time.time(), 3), "event": event, **why}, *described(group)]
-        while len(self._told) > NUM_KEPT:
-            del self._told[next(iter(self._told))]
+        """The group has come to an end of its way: trained, filtered, failed."""
+        told = self._told.setdefault(event, {})
+        told[group.prompt.ordinal] = [{"time": round(time.time(), 3), "event": event, **why}, *described(group)]
+        if len(told) > NUM_KEPT:
+            del told[next(iter(told))]
 
-    def of(self, ordinal: int) -> list[Event]:
-        """Oldest first; empty if it is not known, or forgotten."""
-        return list(self._told.get(ordinal, ()))
+    def of(self, ordinal: int, next_ordinal: int) -> list[Event]:
+        """Oldest first. Raises LookupError, with the groups that are remembered; `next_ordinal` was not given yet."""
+        found = [event for told in self._told.values() for event in told.get(ordinal, ())]
+        if not found and not 0 <= ordinal < next_ordinal:
+            raise LookupError(f"there is no group {ordinal} yet: there are 0 to {next_ordinal - 1}")
+        if not found:
+            known = "; ".join(f"{min(told)} to {max(told)} {end}" for end, told in self._told.items())
+            raise LookupError(f"group {ordinal} is forgotten, or waits in the pool; remembered are some of {known}")
+        return found
 
 
 def described(group: Group) -> list[Event]:

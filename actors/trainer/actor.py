@@ -22,12 +22,14 @@ from annotated_types import Ge
 from ...runtime import message
 from ...runtime.dispatch import ONE_TO_ALL, RANK_ZERO, SPMD, dispatch
 from ...runtime.exchange import Manifest, Publisher
+from ...runtime.exchange.fp8 import shrink
 from ...runtime.exchange.intake import place_of
 from ...runtime.rundir import RunSpec
 from ...runtime.worker import Worker
 from ..algorithms.updates import PolicyUpdate
 from ..data.task import Task
 from ..model.config import ModelConfig
+from ..model.shards import matrices
 from ..run_state import latest_checkpoint
 from . import checkpoint as checkpoints
 from .settings import RlSettings, SftSettings
@@ -48,6 +50,9 @@ class Trainer(Worker):
     rl: RlSettings
     keep_checkpoints: Annotated[int, Ge(1)] = 2
     """Newest checkpoints that are kept."""
+    publish_fp8: bool = False
+    """Whether matrices travel to rollout as FP8, a quarter of their bytes; it generates with what arrives. Router,
+    norms, embedding and head travel as they are."""
 
     async def start(self) -> None:
         """Loads the newest checkpoint. Raises ValueError or FileNotFoundError, saying what to do, if it is damaged."""
@@ -132,7 +137,10 @@ class Trainer(Worker):
         """Lays the weights out as `version`, where rollout can get them; older versions in `keep`, and who needs each,
         stay. Raises BadWeights if they are not finite, ExchangeFull if there is no memory for all of that.
         """
-        return self._publisher.publish(version, self._learner.weights(), keep=keep)
+        weights = self._learner.weights()
+        if self.publish_fp8:
+            weights = shrink(weights, matrices(weights))
+        return self._publisher.publish(version, weights, keep=keep)
 
     @dispatch(RANK_ZERO)
     @message(thread=True, deadline_s=120.0)

@@ -18,8 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from .boxes import cut
+from .family import Moves
+from .fp8 import FLOATS
 from .header import stored
-from .plan import Moves, Plan
+from .plan import Plan
 
 ALIGN = 16
 """Boxes begin at multiples of it in a bucket."""
@@ -127,6 +129,6 @@ def _padded(nbytes: np.ndarray) -> np.ndarray:
 
 
 def _quantizable(name: str, dtype: str, quantized: Collection[str]) -> bool:
-    if name in quantized and dtype not in ("<f4", "<f2", "bfloat16"):
-        raise ValueError(f"{name} is {dtype}: only <f4, <f2 and bfloat16 can travel as FP8; take it off the list")
+    if name in quantized and dtype not in FLOATS:
+        raise ValueError(f"{name} is {dtype}: only {', '.join(FLOATS)} can travel as FP8; take it off the list")
     return name in quantized

@@ -3,18 +3,31 @@
     scale = max |row| / 448        code = e4m3(value / scale), rounded to nearest, ties to even
 
 e4m3 ("fn"): 4 bits of exponent, bias 7, 3 bits of mantissa, no infinity, largest value 448 (arXiv 2209.05433, table 1).
-The relative error of a value is at most 2^-4, that of values below max / 2^15 larger. Knows nothing of buckets.
+The relative error of a value is at most 2^-4, that of values below max / 2^15 larger. In buckets of a plan the codes
+and scales of a box lie together (staging.py); through shared memory and the tree they travel as two tensors:
+
+    w float32 [n, k]  -- shrink -->  w@fp8:<f4 uint8 [n, k], w@scales float32 [n]  -- restore -->  w float32 [n, k]
+
+Knows nothing of which tensors can bear it.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Mapping
+
 import numpy as np
 
+from ..errors import BadWeights, CorruptWeights
 from .header import stored
 
 LARGEST = 448.0
 """The largest finite e4m3 value."""
 
+FLOATS = ("<f4", "<f2", "bfloat16")
+"""Dtypes that can travel as FP8."""
+
+_CODES = re.compile(rf"(.*)@fp8:({'|'.join(FLOATS)})")
 _SUBNORMAL_STEP = 2.0**-9
 _SMALLEST_NORMAL = 2.0**-6
 _NAN = 0x7F
@@ -69,6 +82,49 @@ def dequantize(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """codes uint8 [n, k], scales float32 [n] -> float32 [n, k]."""
     rows: np.ndarray = decode(codes) * scales[:, None]
     return rows
+
+
+def shrink(
+    tensors: Mapping[str, np.ndarray], names: Collection[str], *, bfloat16: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """Those of `names` as codes and scales, a scale for each row of the last dimension; the others as they are.
+
+    `bfloat16`: which of them are its bits, in uint16. Raises BadWeights if one is not finite, or of another dtype.
+    """
+    shrunk: dict[str, np.ndarray] = {}
+    for name, array in tensors.items():
+        if name not in names:
+            shrunk[name] = array
+            continue
+        dtype = "bfloat16" if name in bfloat16 else array.dtype.str
+        if dtype not in FLOATS or not array.ndim:
+            raise BadWeights(f"{name} is {dtype} {list(array.shape)}: only rows of {', '.join(FLOATS)} travel as FP8")
+        try:
+            codes, scales = quantize(as_float(array, dtype).reshape(-1, array.shape[-1]))
+        except ValueError as error:
+            raise BadWeights(f"{name}: {error}; it was not published, the version before stays") from None
+        shrunk[f"{name}@fp8:{dtype}"] = codes.reshape(array.shape)
+        shrunk[f"{name}@scales"] = scales.reshape(array.shape[:-1])
+    return shrunk
+
+
+def restore(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """What `shrink` was given, within the error of e4m3; the same mapping where nothing was shrunk. Raises
+    CorruptWeights for codes without scales."""
+    found = {name: match for name in tensors if (match := _CODES.fullmatch(name))}
+    if not found:
+        return tensors
+    scales = {f"{match[1]}@scales" for match in found.values()}
+    if not scales <= tensors.keys():
+        raise CorruptWeights(f"there are codes without scales: {', '.join(sorted(scales - tensors.keys()))}")
+    restored: dict[str, np.ndarray] = {}
+    for name, array in tensors.items():
+        if (match := found.get(name)) is not None:
+            values = dequantize(array.reshape(-1, array.shape[-1]), tensors[f"{match[1]}@scales"].reshape(-1))
+            restored[match[1]] = from_float(values, match[2]).reshape(array.shape)
+        elif name not in scales:
+            restored[name] = array
+    return restored
 
 
 def _values() -> np.ndarray:

@@ -58,9 +58,9 @@ class Desk:
     async def hello(self) -> Row:
         """Run, process, actors by name with their messages, exposed names."""
         statuses = [s for s in steady(self._node.directory.all) if not s.name.startswith("$")]
-        exposed = {
-            name: actor for _, names in await self._look_all("exposed") if names for name, actor in names.items()
-        }
+        exposed: dict[str, str] = {}
+        for _, names in await self._look_all("exposed"):
+            exposed = {**(names or {}), **exposed}  # Of two that have the same name, the first.
         return {
             "run": str(self._system.run_dir), "pid": os.getpid(),
             "actors": {s.name: sorted(s.messages) for s in statuses if s.state != "stopped"},

@@ -190,7 +190,7 @@ def _rule(actor: Actor, path: str) -> str:
     hint = _hint(actor, path)
     kind, *bounds = get_args(hint) if hasattr(hint, "__metadata__") else [hint]
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    rules = [f"{signs[key]} {bound:g}" for b in bounds for key, bound in vars(b).items() if key in signs]
+    rules = [f"{sign} {getattr(b, key):g}" for b in bounds for key, sign in signs.items() if hasattr(b, key)]
     return " ".join([getattr(kind, "__name__", str(kind)), " and ".join(rules)]).strip()
 
 

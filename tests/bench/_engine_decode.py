@@ -4,7 +4,10 @@
 
 rate      N responses of the same length through Rollout.generate (scheduling, sampling, log-probabilities, versions,
           chunks), less what the same responses cost with a single token; against steps of Decoder over a contiguous
-          cache that are fed the same tokens, and nothing else
+          cache that are fed the same tokens, and nothing else; and against passes of the engine's own runner over
+          pages, each response with all of its own
+waste     places for tokens in pages in use in which there is none, over all places there, summed over the steps of
+          long-tailed groups
 prompt    tokens of prompts that were computed, over those that there are: once for each group
 swap      the longest step during which new weights came, over the median step, less one
 """
@@ -22,12 +25,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from _engine_work import GROUP_SIZE, MODEL, Endless, make_work
+from _engine_work import EOS_ID, GROUP_SIZE, MAX_NEW, MAX_PROMPT, MODEL, Endless, make_work
 
 from headrace.actors.model.decode import Decoder, KvCache
 from headrace.actors.rollout import Rollout
+from headrace.actors.rollout.engine import Engine
 from headrace.actors.rollout.local import LocalBackend
 from headrace.actors.rollout.requests import Request
+from headrace.actors.rollout.runner import Batch
+from headrace.actors.rollout.single import SingleRunner
 from headrace.actors.trainer.settings import RlSettings
 from headrace.runtime.exchange import Publisher
 from headrace.runtime.rundir import RunSpec
@@ -35,6 +41,8 @@ from headrace.runtime.rundir import RunSpec
 SIZES = (16, 64, 256)
 PROMPT_TOKENS, NEW_TOKENS = 24, 97
 ROUNDS = 5
+PAGE_TOKENS = 8
+"""As Rollout.page_tokens."""
 SWAPS = 12
 
 
@@ -108,14 +116,44 @@ def raw_steps(work_weights: dict[str, np.ndarray], rows: np.ndarray) -> Callable
     return run
 
 
+def paged_steps(weights: dict[str, np.ndarray], rows: np.ndarray) -> Callable[[], float]:
+    """The same by the engine's runner, with batches that are there already."""
+    size, width = rows.shape
+    per_row = -(-width // PAGE_TOKENS)
+    runner = SingleRunner(MODEL, num_pages=size * per_row, page_tokens=PAGE_TOKENS)
+    runner.load(runner.prepare(weights))
+    tables = np.arange(size * per_row, dtype=np.int32).reshape(size, per_row)
+    everyone, ones = np.arange(size), np.ones(size, np.int64)
+
+    def batch(first: int, end: int) -> Batch:
+        count = end - first
+        return Batch(
+            tokens=rows[:, first:end].reshape(-1).copy(), positions=np.tile(np.arange(first, end), size),
+            counts=ones * count, tables=tables, num_decode=size if count == 1 else 0, wanted=everyone,
+        )  # fmt: skip
+
+    def run() -> float:
+        runner.run(batch(0, PROMPT_TOKENS))
+        batches = [batch(at, at + 1) for at in range(PROMPT_TOKENS, width - 1)]
+        begun = time.perf_counter()
+        for one in batches:
+            runner.run(one)
+        return time.perf_counter() - begun
+
+    return run
+
+
 async def decode_ratio(size: int) -> dict[str, float]:
     async with Bench(size) as bench:
         _, rows = await bench.answer(bench.requests(size, NEW_TOKENS))
         steps = raw_steps(bench.work.weights, rows)
+        pages = paged_steps(bench.work.weights, rows)
         steps()
-        raw, whole, first = [], [], []
+        pages()
+        raw, paged, whole, first = [], [], [], []
         for _ in range(ROUNDS):
             raw.append(await asyncio.to_thread(steps))
+            paged.append(await asyncio.to_thread(pages))
             whole.append((await bench.answer(bench.requests(size, NEW_TOKENS)))[0])
             first.append((await bench.answer(bench.requests(size, 1)))[0])
     inside_s = statistics.median(whole) - statistics.median(first)
@@ -124,6 +162,7 @@ async def decode_ratio(size: int) -> dict[str, float]:
         f"decode_{size}_per_s": size * (NEW_TOKENS - 1) / inside_s,
         f"raw_decode_{size}_per_s": size * (NEW_TOKENS - 1) / raw_s,
         f"decode_{size}_ratio": raw_s / inside_s,
+        f"decode_{size}_over_pages_ratio": statistics.median(paged) / inside_s,
     }
 
 
@@ -133,6 +172,27 @@ async def prompt_ratio() -> float:
         prompts = sum(len(request.prompt) for request in requests)
         await bench.answer(requests)
         return float((await bench.rollout.stats())["prefilled_tokens"] / prompts)
+
+
+def kv_waste() -> float:
+    work = make_work()
+    engine = Engine(
+        MODEL, work.weights, version=1, num_slots=128, max_prompt_tokens=MAX_PROMPT, max_new_tokens=MAX_NEW,
+        eos_id=EOS_ID, seed=0, page_tokens=PAGE_TOKENS,
+    )  # fmt: skip
+    for number, prompt in enumerate(work.prompts):
+        engine.submit(
+            Request(
+                key=number, ordinal=number, prompt=prompt, members=list(range(GROUP_SIZE)), temperature=0.0,
+                max_new_tokens=int(work.lengths[number * GROUP_SIZE]),
+            )
+        )  # fmt: skip
+    held = room = 0
+    while engine.num_live or engine.num_waiting:
+        engine.step()
+        tokens, places = engine.kv_use()
+        held, room = held + tokens, room + places
+    return 1 - held / room
 
 
 async def swap_delay() -> float:
@@ -180,6 +240,7 @@ async def main() -> None:
     figures: dict[str, float] = {}
     for size in SIZES:
         figures |= await decode_ratio(size)
+    figures["kv_waste_ratio"] = kv_waste()
     figures["prompt_computed_ratio"] = await prompt_ratio()
     figures["swap_delay_ratio"] = await swap_delay()
     print(json.dumps(figures))

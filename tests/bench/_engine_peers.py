@@ -1,9 +1,11 @@
 """Engines side by side on the same work, each in a process of its own with both cores.
 
     python -P _engine_peers.py (headrace|static|continuous) FOLDER
+    python -P _engine_peers.py compare FOLDER
 
 Prepares, prints "ready", then for each line of its input writes all responses greedily and prints seconds as JSON.
-Before that, and once, it saves the tokens that it wrote in FOLDER/NAME.npz: they must be the same.
+Before that, and once, it saves the tokens that it wrote in FOLDER/NAME.npz. `compare` prints how far those of all three
+are the same, and how far headrace's log-probabilities are from those of transformers' model.
 
 static        transformers' generate: batches in the order of the prompts, each until its longest response ends; of
               SLOTS responses or of half as many, whichever is faster
@@ -139,16 +141,39 @@ def continuous(work: Work, folder: Path) -> Callable[[], tuple[Answers, list[np.
     return run
 
 
+def compare(work: Work, folder: Path) -> dict[str, float]:
+    ours, *theirs = (np.load(folder / f"{name}.npz") for name in ENGINES)
+    equal = [
+        float(np.mean(other["tokens"] == ours["tokens"])) if np.array_equal(other["lengths"], ours["lengths"]) else 0.0
+        for other in theirs
+    ]
+    ends = np.cumsum(ours["lengths"])[:-1]
+    model, worst = _peer(folder, "sdpa"), 0.0
+    answers = zip(np.split(ours["tokens"], ends), np.split(ours["logprobs"], ends), strict=True)
+    for index, (tokens, logprobs) in enumerate(answers):
+        if index % GROUP_SIZE:
+            continue  # One of each group: they are greedy, so the others say the same.
+        prompt = work.prompts[index // GROUP_SIZE]
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(np.concatenate([prompt, tokens])[None].astype(np.int64))).logits[0]
+        expected = torch.log_softmax(logits, -1)[np.arange(len(tokens)) + len(prompt) - 1, tokens].numpy()
+        worst = max(worst, float(np.abs(expected - logprobs).max()))
+    return {"greedy_equal_ratio": min(equal), "logprob_max_difference": worst}
+
+
 ENGINES = {"headrace": headrace, "static": static, "continuous": continuous}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("engine", choices=[*ENGINES, "compare"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("threads", type=int, nargs="?", default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.engine == "compare":
+        print(json.dumps(compare(make_work(), options.folder)))
+        return
     run = ENGINES[options.engine](make_work(), options.folder)
     answers, logprobs = run()
     np.savez(

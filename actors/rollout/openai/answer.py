@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...types import Finish
+from ...types import Finish, Origin
 from ..requests import Chunk, Request
 from .faults import Fault
 from .protocol import Event
@@ -16,13 +16,17 @@ from .protocol import Event
 class Answer:
     """The member at `index` of `request`, continued after its prefix."""
 
-    def __init__(self, request: Request, index: int, *, eos_id: int, vocab_size: int) -> None:
+    def __init__(
+        self, request: Request, index: int, *, eos_id: int, vocab_size: int, origin: Origin | None = None
+    ) -> None:
         self.request = request
         self.member = request.members[index]
         prefix = request.prefixes[index] if request.prefixes else request.prompt[:0]
         self._sequence = [*request.prompt.tolist(), *prefix.tolist()]
         self._num_prompt = len(request.prompt)
-        self.eos_id = eos_id
+        self.ends = (eos_id, *(int(tokens[0]) for tokens in request.stop))
+        """Tokens of which any ends the response."""
+        self._origin = origin
         self.vocab_size = vocab_size
         self.version = -1
         """Of the tokens that were not handed out."""
@@ -57,11 +61,11 @@ class Answer:
             raise Fault("bad_finish", f"more after the response's end ({self.finish})")
         if len(event.tokens) > self.num_left:
             raise Fault("too_many", f"more than the {self.request.max_new_tokens} tokens that were asked for")
-        if self.eos_id in event.tokens[:-1]:
-            raise Fault("bad_finish", "tokens after the end-of-sequence token")
+        if any(token in self.ends for token in event.tokens[:-1]):
+            raise Fault("bad_finish", "tokens after one that ends the response")
         ended: Finish = ""
         last = event.tokens[-1:] or self._sequence[-1:]
-        if (event.tokens or self.num_tokens) and last == [self.eos_id]:
+        if (event.tokens or self.num_tokens) and last[0] in self.ends:
             ended = "stop"
         elif len(event.tokens) == self.num_left:
             ended = "length"
@@ -71,7 +75,7 @@ class Answer:
             raise Fault(
                 "bad_finish",
                 f"the server says {event.finish} after {have} of {self.request.max_new_tokens} tokens, the last of "
-                f"which is {last[0] if have else 'none'}: its end-of-sequence token is not {self.eos_id}{remedy}",
+                f"which is {last[0] if have else 'none'}: it ends at other tokens than {list(self.ends)}{remedy}",
             )
         self._sequence += event.tokens
         self._tokens += event.tokens
@@ -90,4 +94,5 @@ class Answer:
             logprobs=np.array(logprobs, np.float32),
             finish=finish,
             refusal=refusal,
+            origin=self._origin if len(tokens) else None,
         )

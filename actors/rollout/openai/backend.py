@@ -23,6 +23,7 @@ import numpy as np
 
 from ....runtime.exchange import Intake, Manifest, Route, Seat
 from ...philox import Stream, uniforms
+from ...types import Origin
 from ..requests import Chunk, Request, check_request
 from .answer import Answer
 from .client import Client
@@ -104,11 +105,18 @@ class OpenAiBackend:
             max_new_tokens=worker.rl.max_new_tokens,
             eos_id=worker.task.eos_id,
         )
-        if self._settings.logprobs == "raw" and request.temperature not in (0.0, 1.0):
+        whole = (request.top_k, request.top_p, request.min_p) == (0, 1.0, 0.0)
+        if self._settings.logprobs == "raw" and (request.temperature not in (0.0, 1.0) or not whole):
             raise ValueError(
-                f"request {request.key}: the server's log-probabilities are those of temperature 1, and responses are "
-                f"asked for at {request.temperature}; have it give those that it samples from (vLLM: --logprobs-mode "
-                'processed_logprobs) and set [actors.rollout.server] logprobs = "processed"'
+                f"request {request.key}: the server's log-probabilities are those of the whole distribution at "
+                f"temperature 1, and it is asked to sample otherwise ({request.sampling()}); have it give those that "
+                "it samples from (vLLM: --logprobs-mode processed_logprobs) and set [actors.rollout.server] logprobs = "
+                '"processed"'
+            )
+        if request.stop and (self._settings.dialect == "llama.cpp" or max(map(len, request.stop)) > 1):
+            raise ValueError(
+                f"request {request.key}: a completions server stops at single tokens, and llama.cpp's only at those of "
+                'its model; leave out stop, or use engine = "headrace"'
             )
 
     def stats(self) -> dict[str, Any]:
@@ -126,7 +134,7 @@ class OpenAiBackend:
     async def generate(self, requests: list[Request]) -> AsyncGenerator[list[Chunk], None]:
         eos_id, vocab_size = self._worker.task.eos_id, self._worker.model.vocab_size
         answers = [
-            Answer(request, index, eos_id=eos_id, vocab_size=vocab_size)
+            Answer(request, index, eos_id=eos_id, vocab_size=vocab_size, origin=self._origin(request))
             for request in requests
             for index in range(len(request.members))
         ]
@@ -149,6 +157,12 @@ class OpenAiBackend:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _origin(self, request: Request) -> Origin:
+        """The seed of each request follows from these; what the server makes of it is its own."""
+        engine = f"openai {self._settings.dialect} {self._settings.model} at {check_base_url(self._worker.base_url)}"
+        worker, seed = self._worker.name, self._worker.run.seed
+        return Origin(engine=engine, worker=worker, seed=seed, sampling=request.sampling(), precision="the server's")
 
     def _wants(self, more: int) -> None:
         """Counts responses that have not ended, and the time in which there are any."""

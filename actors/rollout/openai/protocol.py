@@ -19,6 +19,7 @@ from typing import Any
 
 import orjson
 
+from ...types import Sampling
 from .faults import Fault
 from .settings import Dialect
 
@@ -44,17 +45,27 @@ class Event:
 
 
 def completion_body(
-    dialect: Dialect, model: str, prompt: list[int], *, max_tokens: int, temperature: float, eos_id: int, seed: int
+    dialect: Dialect,
+    model: str,
+    prompt: list[int],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    ends: Sequence[int],
+    seed: int,
 ) -> dict[str, Any]:
-    """The JSON of a streamed request for one response. Sampling is from the whole distribution: servers that have other
-    defaults (of the model's generation_config, say) are told so."""
+    """The JSON of a streamed request for one response that ends at any token of `ends`.
+
+    All of sampling is said: servers have other defaults, such as those of the model's generation_config.
+    """
     body: dict[str, Any] = {
-        "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "seed": seed,
-        "stream": True, "n": 1, "top_p": 1.0, "min_p": 0.0,
+        "model": model, "prompt": prompt, "max_tokens": max_tokens, "seed": seed, "stream": True, "n": 1,
+        "temperature": sampling.temperature, "top_p": sampling.top_p, "min_p": sampling.min_p,
     }  # fmt: skip
     if dialect == "llama.cpp":
-        return body | {"logprobs": 1, "top_k": 0, "samplers": ["temperature"], "cache_prompt": True}
-    extra = {"logprobs": 0, "top_k": -1, "repetition_penalty": 1.0, "stop_token_ids": [eos_id]}
+        samplers = ["top_k", "top_p", "min_p", "temperature"]
+        return body | {"logprobs": 1, "top_k": sampling.top_k, "samplers": samplers, "cache_prompt": True}
+    extra = {"logprobs": 0, "top_k": sampling.top_k or -1, "repetition_penalty": 1.0, "stop_token_ids": list(ends)}
     extra |= {"skip_special_tokens": False, "return_token_ids": True}
     if dialect == "vllm":
         extra["return_tokens_as_token_ids"] = True

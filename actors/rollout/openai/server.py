@@ -196,5 +196,5 @@ class Server:
     def _body(self, answer: Answer, asked: list[int], seed: int) -> dict[str, Any]:
         return completion_body(
             self._settings.dialect, self._settings.model, asked, max_tokens=answer.num_left,
-            temperature=answer.request.temperature, eos_id=answer.eos_id, seed=seed,
+            sampling=answer.request.sampling(), ends=answer.ends, seed=seed,
         )  # fmt: skip

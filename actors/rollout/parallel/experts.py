@@ -10,8 +10,8 @@ divided anew by kernels.replicas. Knows nothing of when to move.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -104,17 +104,18 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _tensors(weight: Weight) -> list[Tensor]:
     """What a weight is made of, each with a row for every slot."""
-    if isinstance(weight, Tensor):
-        return [weight]
-    assert is_dataclass(weight)
-    return [value for field in fields(weight) if isinstance(value := getattr(weight, field.name), Tensor)]
+    return [weight] if isinstance(weight, Tensor) else list(_parts(weight).values())
 
 
 def _with(weight: Weight, tensors: list[Tensor]) -> Weight:
     """The same weight of other tensors."""
     if isinstance(weight, Tensor):
         return tensors[0]
-    assert is_dataclass(weight)
-    names = [field.name for field in fields(weight) if isinstance(getattr(weight, field.name), Tensor)]
-    changed: dict[str, Any] = dict(zip(names, tensors, strict=True))
-    return replace(weight, **changed)  # type: ignore[type-var, return-value]
+    changed: Weight = replace(cast(Any, weight), **dict(zip(_parts(weight), tensors, strict=True)))
+    return changed
+
+
+def _parts(weight: Any) -> dict[str, Tensor]:
+    """The tensors of a weight that is a dataclass."""
+    found = ((field.name, getattr(weight, field.name)) for field in fields(weight))
+    return {name: value for name, value in found if isinstance(value, Tensor)}

@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import FileStore, GatherOptions, PrefixStore, ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
 from ...meeting import LOOPBACK
 from .lost import RankLost
@@ -32,12 +33,12 @@ DOOR = "door"
 class Link:
     """One rank's connections."""
 
-    def __init__(self, place: Place, store: dist.Store, device: torch.device, orders: Orders) -> None:
+    def __init__(self, place: Place, store: Store, device: torch.device, orders: Orders) -> None:
         self.place = place
         self.device = device
         self.orders = orders
         self._store = store
-        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._groups: dict[str, Any] = {}
         mesh, rank = place.mesh, place.rank
         everyone = range(mesh.size)
         places = [mesh.place(other) for other in everyone]
@@ -56,7 +57,7 @@ class Link:
     def meet(cls, place: Place, meeting: Path, device: torch.device, *, patience_s: float = STEP_S) -> Link:
         """Waits for the others. `meeting`: a file that is new, and the same for all. Raises RankLost."""
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
-        store = dist.FileStore(str(meeting), place.mesh.size)  # type: ignore[attr-defined]
+        store = FileStore(str(meeting), place.mesh.size)
         store.set_timeout(timedelta(seconds=patience_s))
         if place.rank == 0:
             door = Door()
@@ -67,7 +68,7 @@ class Link:
         link = cls(place, store, device, orders)
         for name, members in link._members.items():
             if len(members) > 1:
-                link._groups[name] = _guarded(place, lambda n=name: link._group(n, patience_s))  # type: ignore[misc]
+                link._groups[name] = _guarded(place, partial(link._group, name, timedelta(seconds=patience_s)))
                 link.sum(name, torch.zeros(1, device=device))  # Connections are made by the first use.
         return link
 
@@ -94,7 +95,7 @@ class Link:
 
     def to_first(self, x: Tensor) -> list[Tensor]:
         """The x of all ranks at the first one, nothing at the others. Raises RankLost."""
-        options = dist.GatherOptions()
+        options = GatherOptions()
         options.rootRank = 0
         parts = [torch.empty_like(x) for _ in self._members["all"]] if self.place.rank == 0 else []
         self._do(lambda: self._groups["all"].gather([parts] if parts else [], [x], options))
@@ -103,7 +104,10 @@ class Link:
     def close(self) -> None:
         """From any thread."""
         self.orders.close()
-        self._groups = {}
+        groups, self._groups = self._groups, {}
+        if self.device.type == "cuda":
+            for group in groups.values():
+                group.abort()
 
     def _do(self, begin: Callable[[], Any]) -> None:
         try:
@@ -112,13 +116,17 @@ class Link:
             self.close()
             raise _lost(self.place, error) from error
 
-    def _group(self, name: str, patience_s: float) -> dist.ProcessGroup:
-        members, patience = self._members[name], timedelta(seconds=patience_s)
-        store = dist.PrefixStore(f"{name}-{members[0]}", self._store)
+    def _group(self, name: str, patience: timedelta) -> Any:
+        members = self._members[name]
+        store = PrefixStore(f"{name}-{members[0]}", self._store)
         rank, size = members.index(self.place.rank), len(members)
-        if self.device.type == "cuda":
-            return dist.ProcessGroupNCCL(store, rank, size, patience)  # type: ignore[attr-defined, no-any-return]
-        return dist.ProcessGroupGloo(store, rank, size, patience)  # type: ignore[attr-defined, no-any-return]
+        if self.device.type != "cuda":
+            return ProcessGroupGloo(store, rank, size, patience)
+        from torch.distributed import ProcessGroupNCCL
+
+        group = ProcessGroupNCCL(store, rank, size, ProcessGroupNCCL.Options())
+        group._set_default_timeout(patience)
+        return group
 
 
 def _guarded(place: Place, work: Callable[[], Any]) -> Any:

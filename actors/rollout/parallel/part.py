@@ -114,12 +114,18 @@ def cuts(config: ModelConfig, place: Place, placements: Sequence[Placement]) -> 
     yield Cut(source_name, Box((slice(first, end), every)), HEAD, Box((slice(0, end - first), every)))
 
 
+def empty_part(config: ModelConfig, place: Place, placements: Sequence[Placement]) -> Part:
+    """Room for a rank's tensors, fp32, zero where nothing is to come."""
+    part = Part({name: np.zeros(shape, np.float32) for name, shape in local_shapes(config, place).items()})
+    part.placements = placements
+    return part
+
+
 def cut(config: ModelConfig, place: Place, placements: Sequence[Placement], tensors: Mapping[str, np.ndarray]) -> Part:
     """A rank's part of tensors that are whole."""
-    part = Part({name: np.zeros(shape, np.float32) for name, shape in local_shapes(config, place).items()})
+    part = empty_part(config, place, placements)
     for one in cuts(config, place, placements):
         part[one.dest_name][one.dest_box.slices] = tensors[one.source_name][one.source_box.slices]
-    part.placements = placements
     return part
 
 
@@ -127,15 +133,9 @@ def cut(config: ModelConfig, place: Place, placements: Sequence[Placement], tens
 def fuse_part(config: ModelConfig, place: Place, part: Part, device: torch.device) -> DecoderWeights:
     """The form that computing wants; `head` has the rows of this rank's words. Raises FloatingPointError for numbers
     that are not finite, ValueError for shapes of another model."""
-    wanted = local_shapes(config, place)
-    for name in sorted(wanted.keys() | part.keys()):
-        given = part[name].shape if name in part else None
-        if given != wanted.get(name):
-            raise ValueError(
-                f"weights are of another model: rank {place.rank} has {name} of shape {given}, expected "
-                f"{wanted.get(name)}; check the [model] table"
-            )
-        if not np.isfinite(part[name]).all():
+    check_shapes(local_shapes(config, place), {name: array.shape for name, array in part.items()})
+    for name, array in part.items():
+        if not np.isfinite(array).all():
             raise FloatingPointError(f"{name} is not finite; these weights are refused")
     local = place.mesh.local(config)
 
@@ -147,6 +147,16 @@ def fuse_part(config: ModelConfig, place: Place, part: Part, device: torch.devic
 
     layers = tuple(layer(index) for index in range(config.num_layers))
     return DecoderWeights(layers, tensor(EMBED), tensor(HEAD) * tensor("model.norm.weight"))
+
+
+def check_shapes(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError for tensors of other names or shapes."""
+    wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+    if wrong:
+        raise ValueError(
+            f"weights are of another model: {wrong[0]} has shape {given.get(wrong[0])}, expected "
+            f"{wanted.get(wrong[0])} ({len(wrong)} tensors differ); check the [model] table"
+        )
 
 
 def _whole(dimensions: int) -> Box:
