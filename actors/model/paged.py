@@ -127,7 +127,8 @@ class PagedCache:
             if positions[starts[first]] == 0:
                 while last < len(counts) and positions[starts[last]] == 0:
                     last += 1
-                chunks.append(_Fresh(slice(int(starts[first]), int(ends[last - 1])), counts[first:last].tolist()))
+                rows = slice(int(starts[first]), int(ends[last - 1]))
+                chunks.append(_Fresh(rows, counts[first:last].tolist(), self._data.device))
             else:
                 pages = self._on(tables[first, : -(-int(positions[ends[first] - 1] + 1) // self.page_tokens)])
                 chunks.append(
@@ -148,9 +149,9 @@ def pages_per_block(page_tokens: int) -> int:
 class _Fresh:
     """Sequences whose tokens are all in the batch: their keys need not be read from pages."""
 
-    def __init__(self, rows: slice, lengths: list[int]) -> None:
+    def __init__(self, rows: slice, lengths: list[int], device: torch.device) -> None:
         self._rows = rows
-        self._packed = PackedAttention(lengths)
+        self._packed = PackedAttention(lengths, device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._packed(layer, q[self._rows], k[self._rows], v[self._rows])

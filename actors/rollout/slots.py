@@ -138,7 +138,7 @@ class Slots:
 
     def last_pages(self, slots: np.ndarray) -> np.ndarray:
         """The last page of each of `slots`, int64 [n]."""
-        return self._tables[self._row[slots], self._num_pages[slots] - 1].astype(np.int64)
+        return np.asarray(self._tables[self._row[slots], self._num_pages[slots] - 1], np.int64)
 
     def add_page(self, slots: np.ndarray, pages: np.ndarray) -> None:
         """Gives each of `slots` one more page."""
