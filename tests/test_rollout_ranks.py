@@ -160,7 +160,8 @@ def test_pages_are_copied_and_cleared_at_all_ranks(tmp_path: Path) -> None:
     with gang(CONFIG, Mesh(tp=2), tmp_path / "meeting", **PAGES) as ranks:
         ranks.runner.load(ranks.runner.prepare(ranks.part(weights())))
         for runner in (alone, ranks.runner):
-            runner.run(first)
+            unwanted = runner.run(replace(first, wanted=np.zeros(0, np.int64)))
+            assert unwanted.logits.shape == (0, CONFIG.vocab_size)
             runner.copy_pages(np.arange(20), np.arange(20, 40))
             runner.clear_pages(np.arange(20))
         assert (ranks.runner.run(moved).logits - alone.run(moved).logits).abs().max() < 1e-4
