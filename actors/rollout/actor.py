@@ -87,7 +87,7 @@ class Rollout(Worker):
                     f'{self.rl.temperature}; set server.logprobs = "processed" if it gives those that it samples from'
                 )
             if self.precision.uses_fp8:
-                raise ValueError('precision is of our own engine; leave it out, a server has its own settings for that')
+                raise ValueError("precision is of our own engine; leave it out, a server has its own settings for that")
         elif self.base_url:
             raise ValueError('base_url is of a server; set engine = "openai", or leave it out')
         self.mesh.check(self.model)
