@@ -96,7 +96,9 @@ class Inspector:
             "actors": lambda: actors_of(node),
             "counters": lambda: dict(node.counters),
             "dead_letters": lambda: list(node.dead_letters),
-            "peek": partial(look, node), "names": partial(names, node), "exposed": partial(exposed, node),
+            "peek": partial(look, node),
+            "names": partial(names, node),
+            "exposed": partial(exposed, node),
             "interrupt": partial(interrupt, node),
         }
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -22,6 +22,10 @@ from headrace.runtime.exchange.header import stored
 class HostGpu(Gpu):
     """See device.Gpu. Checksums are those of the kernels' reference."""
 
+    @property
+    def uuid(self) -> str:
+        return f"host {self.number}"
+
     @contextmanager
     def here(self, stream: Any = None) -> Iterator[None]:
         yield

@@ -20,7 +20,7 @@ from headrace.runtime.errors import ActorDied, CommunicatorHung, TransferFailed
 from headrace.runtime.exchange.communicator import Communicator, Fabric, Limits, Part, Wave
 from headrace.runtime.exchange.header import Manifest, Route
 
-LIMITS = Limits(init_s=2.0, look_s=0.5, abort_s=0.5, poll_s=0.1, check_s=0.2)
+LIMITS = Limits(init_s=2.0, connect_s=0.5, look_s=0.5, abort_s=0.5, poll_s=0.1, check_s=0.2)
 DEADLINE_S = 5.0
 STALL_S = 0.5
 RESTART_S = 0.2

@@ -1,7 +1,8 @@
 """A publisher and two members over cupy's binding of NCCL and stub_nccl.cpp: `stub_nccl_main.py LIBRARY CASE...`.
 
-A case is what misbehaves: "none", or a step and a rank such as "group hang:1". Prints a line of JSON for each: the
-outcome of each end, then what a second attempt under a higher epoch came to. The last case may end this process.
+A case is what misbehaves: "none", or a step and a rank such as "group hang:1". Prints a line of JSON with
+the signatures of what is called, then one for each case: the outcome of each end, and of a second attempt in the next
+epoch. The last case may end this process.
 """
 
 from __future__ import annotations
@@ -21,13 +22,18 @@ from headrace.runtime.exchange.header import Route
 from headrace.runtime.exchange.nccl import NcclSink, NcclSource
 
 NAMES = ("trainer", "engine0", "engine1")
-LIMITS = Limits(init_s=0.5, abort_s=0.3)
+LIMITS = Limits(init_s=0.5, connect_s=0.5, abort_s=0.3)
+
+CALLS = ("send", "recv", "abort", "destroy", "check_async_error")
+"""What the carrier calls of a communicator."""
 
 
 def main(library: str, *cases: str) -> None:
     stub = ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
     from cupy.cuda import nccl
 
+    calls = {name: getattr(nccl.NcclCommunicator, name).__doc__.splitlines()[0] for name in CALLS}
+    sys.stdout.write(json.dumps(calls) + "\n")
     for case in cases:
         step, _, rank = case.partition(":")
         source = NcclSource(NAMES[0], HostGpu(), limits=LIMITS, bucket_bytes=1024)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from headrace.actors.job import load_job
-from headrace.runtime.exchange.carrier import Seat, choose
+from headrace.runtime.exchange.carrier import choose
+from headrace.runtime.exchange.header import Seat
 from headrace.runtime.toml import ConfigError
 
 CLUSTER = Path(__file__).parent.parent / "cluster.toml"

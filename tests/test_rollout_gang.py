@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_job import check_rows, launch
 
 from headrace.actors.data.running_sum import RunningSum
 from headrace.actors.model.config import ModelConfig
@@ -130,3 +131,17 @@ async def test_a_rank_that_is_killed_takes_the_others_with_it_and_answers_go_on(
             assert_same(await writing, expected(1))
             names = ["rollout", "rollout/1", "rollout/2", "rollout/3"]
             assert all(system.restarts.get(name, 0) >= deaths for name in names)
+
+
+def test_a_job_whose_rollout_worker_has_two_ranks_survives_the_death_of_one(tmp_path: Path) -> None:
+    settings = {"actors.rollout.ranks": 2, "actors.rollout.ep": 2, "actors.rollout.spare_experts": 1, "rl.steps": 8}
+    with launch(tmp_path, settings) as job:
+        job.wait_for_step(2)
+        job.kill("rollout-1")
+        job.wait_for_event("actor_up", actor="rollout/1", incarnation=2)
+        assert job.finish(120) == 0, job.errors
+        assert job.left_behind() == []
+        check_rows(job, 8)
+    restarts = job.summary["restarts"]
+    assert restarts["rollout"] >= 1 and restarts["rollout/1"] >= 1
+    assert any(event["groups"] for event in job.events("answers_continued"))

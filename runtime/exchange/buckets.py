@@ -18,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from .boxes import cut
+from .family import Moves
 from .fp8 import FLOATS
 from .header import stored
-from .plan import Moves, Plan
+from .plan import Plan
 
 ALIGN = 16
 """Boxes begin at multiples of it in a bucket."""

@@ -98,9 +98,11 @@ class Limits:
 
     init_s: float = 30.0
     """For the others to form a communicator with it."""
+    connect_s: float = 10.0
+    """For the first wave of a communicator, in which the library makes its connections."""
     look_s: float = 2.0
     """For an event query or the check for errors to return."""
-    abort_s: float = 3.0
+    abort_s: float = 2.0
     """For an abort to return, then for all else to return; and for a communicator to be given back."""
     poll_s: float = 0.001
     """Between two looks at the events."""
@@ -112,6 +114,7 @@ class Limits:
 class _Run:
     """A transfer that goes on."""
 
+    epoch: int
     loop: asyncio.AbstractEventLoop
     told: asyncio.Event
     since: float
@@ -149,8 +152,10 @@ class Communicator:
         self._looks: Lane | None = None
         self._run: _Run | None = None
         self._lock = threading.Lock()
-        """Of `_run`: its loop is not closed while somebody tells it to stop."""
+        """Of `_run` and `over`: who is admitted is told to stop, and its loop is not closed meanwhile."""
         self._rank, self._size = 0, 0
+        self._connected = False
+        """A wave has ended in this communicator."""
         self._step = ""
         """The call that is being made."""
 
@@ -167,12 +172,15 @@ class Communicator:
     ) -> None:
         """Takes part in the transfer of `waves`, and returns when all of this member's have been sent and received.
 
-        `stall_s`: the time in which a wave must end. Raises TransferFailed: nothing of it runs any more, and the epoch
-        is over. Raises CommunicatorHung: this process must end.
+        `stall_s`: the time in which a wave must end; the first has Limits.connect_s, if that is more. Raises
+        TransferFailed: nothing of it runs any more, and the epoch is over. Raises CommunicatorHung: this process must
+        end.
         """
-        self._admit(epoch)
         loop = asyncio.get_running_loop()
-        run = self._run = _Run(loop, asyncio.Event(), loop.time(), loop.time() + deadline_s)
+        run = _Run(epoch, loop, asyncio.Event(), loop.time(), loop.time() + deadline_s)
+        with self._lock:
+            self._admit(epoch)
+            self._run = run
         try:
             if self._fabric is None or epoch != self.epoch:
                 await self._finalize()
@@ -190,10 +198,10 @@ class Communicator:
 
     def tell(self, epoch: int, why: str) -> None:
         """Has what goes on in this epoch, or an earlier one, end soon; from now on they are refused."""
-        self.over = max(self.over, epoch)
         with self._lock:
+            self.over = max(self.over, epoch)
             run = self._run
-            if run is not None and self.epoch <= epoch:
+            if run is not None and run.epoch <= epoch:
                 run.why, run.over = why, True
                 run.loop.call_soon_threadsafe(run.told.set)
 
@@ -234,7 +242,7 @@ class Communicator:
         self.epoch, self._rank, self._size = epoch, rank, size
         self._fabric = fabric = self._make()
         self._calls, self._looks = self._lane(f"{self.name}/calls"), self._lane(f"{self.name}/looks")
-        self._step = "init"
+        self._step, self._connected = "init", False
         forming = self._calls.start(fabric.init, size, token, rank)
         told = asyncio.ensure_future(run.told.wait())
         limit_s = min(self._limits.init_s, run.due - run.loop.time())
@@ -264,11 +272,12 @@ class Communicator:
                     enqueued.result()
                     if check and before == len(waves):
                         return
+                allowed_s = stall_s if self._connected else max(stall_s, self._limits.connect_s)
                 if finished > before:
-                    since = clock()
-                elif clock() - since > stall_s:
+                    since, self._connected = clock(), True
+                elif clock() - since > allowed_s:
                     raise TransferFailed(
-                        f"{self._where()}: nothing moved for {stall_s:.3g} s ({finished} of {len(waves)} waves)"
+                        f"{self._where()}: nothing moved for {allowed_s:.3g} s ({finished} of {len(waves)} waves)"
                     )
                 if clock() > run.due:
                     raise TransferFailed(f"{self._where()}: the deadline has passed ({finished} of {len(waves)} waves)")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..errors import CommunicatorHung, CorruptWeights, RuntimeFault, TransferFailed
 from .header import Manifest, Route
@@ -25,6 +25,7 @@ TOGETHER = 2
 """Attempts with all that are left; after them, each is tried alone."""
 
 
+@runtime_checkable
 class Port(Protocol):
     """A publisher or a member, as it is reached by messages. Raises RuntimeFault."""
 
@@ -42,8 +43,8 @@ class Port(Protocol):
 class Patience:
     """Times in seconds."""
 
-    retire_s: float = 8.0
-    """For a member to give up what it does: an abort, and then the calls that it ends, are given 3 s each."""
+    retire_s: float = 10.0
+    """For a member to give up what it does: more than its own Limits allow it."""
     transfer_s: float = 60.0
     """For a whole transfer."""
     stall_s: float = 2.0

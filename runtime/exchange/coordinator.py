@@ -17,30 +17,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ..deadline import timeout
 from ..errors import BadWeights, CorruptWeights, RuntimeFault, StaleIncarnation, TransferFailed
-from .carrier import choose
-from .header import Manifest, Route, Seat
-from .tree import sources_of
+from .convoy import Convoy
+from .convoy import Port as LedPort
+from .header import Manifest
+from .member import NOTHING, Member, Patience, Port, route_to
 
-NOTHING = -1
-"""Version of a member that holds no weights."""
+COLLECTIVE = frozenset({"nccl"})
+"""Carriers by which all members take part at once; the ports of these also are convoy.Port."""
 
 GRACE_S = 0.5
 """A member has so much longer than its transfer, to say why that failed."""
-
-
-class Port(Protocol):
-    """A member, as it is reached by messages: a ref to an actor that has them will do."""
-
-    async def seat(self) -> Seat:
-        """Where it is, and what it wants."""
-
-    async def load(self, manifest: Manifest, route: Route) -> int:
-        """Takes a version and returns its number. Raises RuntimeFault and keeps what it has."""
 
 
 LayOut = Callable[[int, dict[int, list[str]]], Awaitable[Manifest]]
@@ -48,44 +38,6 @@ LayOut = Callable[[int, dict[int, list[str]]], Awaitable[Manifest]]
 
 Roster = Callable[[], Awaitable[Mapping[str, tuple[Port, int]]]]
 """Who is to be a member now, by name: how it is reached, and which incarnation of it that is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long a transfer may take."""
-
-    base_s: float = 5.0
-    least_bytes_per_s: float = 50e6
-    """Slower than that, and it is given up."""
-    stall_s: float = 0.25
-    """See Route."""
-    again_s: tuple[float, float] = (1.0, 30.0)
-    """Until one that is lost is tried again, first and at most; it doubles from time to time."""
-
-
-@dataclass(slots=True)
-class _Member:
-    name: str
-    port: Port
-    incarnation: int
-    seat: Seat | None = None
-    holds: int = NOTHING
-    taking: int | None = None
-    since: float = 0.0
-    carrier: str = ""
-    lost: str = ""
-    """Why; empty while it takes what it is given."""
-    refused: Exception | None = None
-    """Why what was tried can never be taken there."""
-    tried: Manifest | None = None
-    """What failed there."""
-    failures: int = 0
-    """Since it took something."""
-    task: asyncio.Task[None] | None = None
-
-    def lacks(self, manifest: Manifest | None) -> bool:
-        """Whether it is to be given that, now."""
-        return manifest is not None and manifest is not self.tried and manifest.version != self.holds
 
 
 class Exchange:
@@ -98,11 +50,14 @@ class Exchange:
         carrier: str = "auto",
         patience: Patience | None = None,
         roster: Roster | None = None,
+        leads: Mapping[str, LedPort] | None = None,
         on_held: Callable[[str, int], None] = lambda name, version: None,
         on_lost: Callable[[str, str], None] = lambda name, why: None,
         background: Callable[..., asyncio.Task[None]] | None = None,
     ) -> None:
-        """`on_held`, `on_lost` are told when a member has taken a version, or why it is lost."""
+        """`leads`: the publishers, for collective carriers. `on_held`, `on_lost` are told when a member has taken a
+        version, or why it has not.
+        """
         self.manifest: Manifest | None = None
         """The newest."""
         self.epoch = time.time_ns() // 1_000_000
@@ -111,9 +66,12 @@ class Exchange:
         self._carrier = carrier
         self._patience = patience or Patience()
         self._roster = roster
+        self._leads = dict(leads or {})
+        self._convoy = Convoy(self._next_epoch)
+        self._leading = asyncio.Lock()
         self._on_held, self._on_lost = on_held, on_lost
         self._background = background or _task
-        self._members: dict[str, _Member] = {}
+        self._members: dict[str, Member] = {}
         self._kept: dict[str, int] = {}
         self._publishing = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -148,10 +106,10 @@ class Exchange:
             self.leave(name)
             raise
 
-    def enter(self, name: str, port: Port, incarnation: int = 0) -> _Member:
+    def enter(self, name: str, port: Port, incarnation: int = 0) -> Member:
         """As `join`, and waits for nothing."""
         self.leave(name)
-        member = self._members[name] = _Member(name, port, incarnation)
+        member = self._members[name] = Member(name, port, incarnation)
         self.epoch += 1
         member.task = self._background(self._follow(member), name=f"weights of {name}")
         return member
@@ -222,7 +180,7 @@ class Exchange:
         if tasks:
             await asyncio.wait(tasks)
 
-    async def _follow(self, member: _Member) -> None:
+    async def _follow(self, member: Member) -> None:
         """Brings one member version after version."""
         while True:
             changed, manifest = self._changed, self.manifest
@@ -231,18 +189,12 @@ class Exchange:
                 self._tell()
                 continue
             try:
-                async with asyncio.timeout(self._until_again(member)):
+                async with asyncio.timeout(member.again_s(self._patience)):
                     await changed.wait()
             except TimeoutError:
                 member.tried = None
 
-    def _until_again(self, member: _Member) -> float | None:
-        if not member.lost or member.refused is not None:
-            return None
-        first, most = self._patience.again_s
-        return min(first * 2.0 ** (member.failures - 1), most)
-
-    async def _bring(self, member: _Member, manifest: Manifest) -> None:
+    async def _bring(self, member: Member, manifest: Manifest) -> None:
         """One transfer to one member. What went wrong is its `lost`."""
         patience = self._patience
         deadline_s = patience.base_s + manifest.nbytes / patience.least_bytes_per_s
@@ -251,39 +203,58 @@ class Exchange:
             async with timeout(deadline_s + GRACE_S):
                 if member.seat is None:
                     member.seat = await member.port.seat()
-                self._admit(member, member.seat, manifest)
-                member.holds = await member.port.load(manifest, self._route(member, manifest, deadline_s))
+                member.admit(manifest, self._carrier)
+            if member.carrier in COLLECTIVE:
+                await self._lead(member, manifest)
+            async with timeout(deadline_s + GRACE_S):
+                route = route_to(member, self._members.values(), manifest, self.epoch, deadline_s, patience.stall_s)
+                member.took(await member.port.load(manifest, route))
         except (StaleIncarnation, CorruptWeights) as error:
             await self._again(member, manifest, error)
         except (RuntimeFault, TimeoutError, ValueError) as error:
-            member.refused = error if isinstance(error, BadWeights | ValueError) else None
-            self._lose(member, manifest, f"{type(error).__name__}: {error}")
+            self._lose(member, manifest, error)
         else:
-            member.lost, member.tried, member.refused, member.failures = "", None, None, 0
             self._on_held(member.name, member.holds)
         finally:
             member.taking = None
 
-    async def _again(self, member: _Member, manifest: Manifest, error: RuntimeFault) -> None:
-        """What was laid out is not there any more, or damaged. It is laid out anew, unless that has happened."""
-        if manifest is not self.manifest:
-            return None
-        if member.tried is not None and member.tried.version == manifest.version:
-            return self._lose(member, manifest, f"{type(error).__name__}: {error}")
-        member.tried = manifest
-        try:
-            await self.publish(manifest.version)
-        except (RuntimeFault, TimeoutError) as fault:
-            self._lose(member, manifest, f"{type(error).__name__}: {error}; and it can't be published again: {fault}")
-        return None
+    async def _lead(self, member: Member, manifest: Manifest) -> None:
+        """Has a convoy bring it to the member, and to all others that lack it and use the same carrier. Raises
+        TransferFailed if it could not."""
+        async with self._leading:
+            if member.carried is manifest:
+                return
+            fellows = [m for m in self._members.values() if m.carrier == member.carrier and m.carried is not manifest]
+            ports = {m.name: m.port for m in fellows if isinstance(m.port, LedPort)}
+            lost = await self._convoy.publish(manifest, self._leads, ports)
+            for fellow in fellows:
+                if fellow.name not in lost:
+                    fellow.carried = manifest
+        if member.name in lost:
+            raise TransferFailed(lost[member.name])
 
-    def _lose(self, member: _Member, manifest: Manifest, why: str) -> None:
-        member.tried, member.lost = manifest, why
-        member.failures += 1
+    def _next_epoch(self) -> int:
+        self.epoch += 1
+        return self.epoch
+
+    async def _again(self, member: Member, manifest: Manifest, error: RuntimeFault) -> None:
+        """What was laid out is not there any more, or damaged: it is laid out anew, unless that has happened."""
+        if manifest is not self.manifest:
+            return
+        repeated = member.tried is not None and member.tried.version == manifest.version
+        self._lose(member, manifest, error)
+        if not repeated:
+            try:
+                await self.publish(manifest.version)
+            except (RuntimeFault, TimeoutError) as fault:
+                member.lost += f"; and it can't be published again: {fault}"
+
+    def _lose(self, member: Member, manifest: Manifest, error: Exception) -> None:
+        why = member.lose(manifest, error)
         self.epoch += 1
         self._on_lost(member.name, why)
 
-    async def _settled(self, member: _Member) -> int:
+    async def _settled(self, member: Member) -> int:
         """Waits until it holds the newest; raises TransferFailed once it is lost."""
         while self.manifest is not None and member.holds != self.manifest.version:
             if member.lost and (not member.lacks(self.manifest) or self._members.get(member.name) is not member):
@@ -297,27 +268,6 @@ class Exchange:
         """Whoever waits for a change looks again."""
         self._changed.set()
         self._changed = asyncio.Event()
-
-    def _admit(self, member: _Member, seat: Seat, manifest: Manifest) -> None:
-        """Raises BadWeights, ValueError if the member can't take what is published."""
-        if found := seat.mismatch(manifest.tensors):
-            raise BadWeights(f"{member.name} can't take version {manifest.version} of {manifest.name}: {found}")
-        member.carrier = choose(manifest.seat, seat, self._carrier)
-
-    def _route(self, member: _Member, manifest: Manifest, deadline_s: float) -> Route:
-        live = [m for m in self._members.values() if not m.lost]
-        if member not in live:
-            live.append(member)
-        rank = live.index(member) + 1
-        sources: tuple[str, ...] = ()
-        if member.carrier == "tree":
-            tree = [m for m in live if m.carrier == "tree"]
-            addresses = [manifest.seat.address, *(m.seat.address if m.seat else "" for m in tree)]
-            sources = sources_of(tree.index(member) + 1, addresses)
-        return Route(
-            carrier=member.carrier, epoch=self.epoch, members=(manifest.name, *(m.name for m in live)), rank=rank,
-            sources=sources, deadline_s=deadline_s, stall_s=self._patience.stall_s,
-        )  # fmt: skip
 
     def needed(self) -> dict[int, list[str]]:
         """Versions that must stay, and who needs each."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadWeights, TransferFailed
-from .cuda import cupy
+from .cuda import cupy, gpu_uuid
 from .header import stored
 from .payload import MAX_FINITE
 
@@ -50,6 +50,11 @@ class Gpu:
     def __init__(self, number: int = 0) -> None:
         self.number = number
         self._checksum: Callable[..., Any] | None = None
+
+    @property
+    def uuid(self) -> str:
+        """See cuda.gpu_uuid."""
+        return gpu_uuid(self.number)
 
     @contextmanager
     def here(self, stream: Any = None) -> Iterator[None]:

@@ -53,6 +53,7 @@ class Intake(Generic[T]):
         self._epoch = -1
         self._last: tuple[int, int] | None = None
         """Incarnation and version of what was taken last."""
+        self._carried: tuple[Manifest, Mapping[str, np.ndarray]] | None = None
 
     def seat(self, schema: tuple[tuple[str, str, tuple[int, ...]], ...] = ()) -> Seat:
         """For the exchange; see Seat."""
@@ -68,7 +69,7 @@ class Intake(Generic[T]):
         route = route or Route(carrier="shm")
         self._refuse(manifest, route)
         if route.epoch > self._epoch:
-            self.retire(route.epoch - 1)
+            self._end(route.epoch - 1)
         async with self._turn:
             self._refuse(manifest, route)
             self._thread = self._thread or WorkThread("weights")
@@ -76,7 +77,7 @@ class Intake(Generic[T]):
             try:
                 prepared = await asyncio.shield(work)
             except asyncio.CancelledError:
-                self._sinks[route.carrier].abort(route.epoch)
+                await asyncio.to_thread(self._sinks[route.carrier].abort, route.epoch)
                 work.cancel()
                 with suppress(asyncio.CancelledError, Exception):
                     await work
@@ -90,11 +91,29 @@ class Intake(Generic[T]):
             self._thread = self._thread or WorkThread("weights")
             return await self._thread.run(self._prepare, version, tensors)
 
-    def retire(self, epoch: int) -> None:
-        """Nothing of this epoch or an earlier one goes on."""
+    async def transfer(self, manifest: Manifest, route: Route) -> None:
+        """Takes part in a collective transfer; what it brings is taken by a `load` of the same manifest. Raises as
+        `receive` of the sink."""
+        self._refuse(manifest, route)
+        async with self._turn:
+            self._thread = self._thread or WorkThread("weights")
+            self._carried = None
+            tensors = await self._thread.run(self._sinks[route.carrier].receive, manifest, route)
+            self._carried = manifest, tensors
+
+    async def retire(self, epoch: int) -> None:
+        """Returns when nothing of this epoch or an earlier one goes on, by collective carriers neither."""
+        self._end(epoch)
+        for sink in self._sinks.values():
+            if _collective(sink):
+                await asyncio.to_thread(sink.abort, epoch)  # It waits until it is alone.
+
+    def _end(self, epoch: int) -> None:
+        """Ends what is of this epoch or an earlier one; members of a collective carrier stay connected."""
         self._epoch = max(self._epoch, epoch)
         for sink in self._sinks.values():
-            sink.abort(epoch)
+            if not _collective(sink):
+                sink.abort(epoch)
 
     def close(self) -> None:
         for sink in self._sinks.values():
@@ -118,8 +137,16 @@ class Intake(Generic[T]):
         if route.carrier == "shm":
             with self._receiver.hold(manifest) as tensors:
                 return self._prepare(manifest.version, restore(tensors))
-        tensors = self._sinks[route.carrier].receive(manifest, route)
+        carried, self._carried = self._carried, None
+        if carried is not None and carried[0] == manifest:
+            tensors = carried[1]
+        else:
+            tensors = self._sinks[route.carrier].receive(manifest, route)
         return self._prepare(manifest.version, restore(tensors))
+
+
+def _collective(sink: Sink) -> bool:
+    return bool(getattr(sink, "collective", False))
 
 
 def place_of(actor: Actor) -> tuple[str, Keys | None]:

@@ -26,7 +26,7 @@ from .carrier import Copy, Tensors
 from .cuda import cupy, why_no_gpu
 from .device import Gpu
 from .header import Manifest, Route, stored
-from .nccl import described
+from .nccl import described, seat_of
 
 HANDLE_BYTES = 64
 
@@ -118,6 +118,7 @@ class IpcSource:
         self._gpu = gpu or Gpu()
         self._memory = memory or CudaMemory(self._gpu)
         self._incarnation = secrets.randbits(63) | 1
+        self._seat = seat_of(self._gpu, "ipc")
         self._address = 0
         self._handle = b""
         self._shared: _Shared | None = None
@@ -147,7 +148,7 @@ class IpcSource:
                 payload[spec.offset + spec.nbytes : _aligned(spec.offset + spec.nbytes)] = 0
             sums = _sums(self._gpu, payload)
             self._shared.set_words(number, self._incarnation, generation, generation)
-        self.manifest = replace(manifest, fd=number, bucket_bytes=BUCKET_BYTES, checksums=sums)
+        self.manifest = replace(manifest, fd=number, bucket_bytes=BUCKET_BYTES, checksums=sums, seat=self._seat)
         return self.manifest
 
     def open(self, epoch: int) -> tuple[str, bytes]:

@@ -20,6 +20,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from ..errors import BadWeights, CommunicatorHung, StaleIncarnation, TransferFailed
@@ -29,7 +30,7 @@ from .communicator import Communicator, Fabric, Limits
 from .cuda import nccl, why_no_gpu, why_no_nccl
 from .device import Gpu, refuse_non_finite
 from .device_transfer import DeviceTransfer
-from .header import ALIGN, Manifest, Route, TensorSpec
+from .header import ALIGN, Manifest, Route, Seat, TensorSpec, host_id
 from .holding import Held, Holding, Part, Whole
 from .last_resort import end_this_process
 from .mesh import Mesh
@@ -206,13 +207,14 @@ class NcclSource(NcclEnd):
         super().__init__(name, gpu, **options)
         self.manifest: Manifest | None = None
         self._incarnation = secrets.randbits(63) | 1
+        self._seat = seat_of(self._gpu, "nccl")
         self._arrays: dict[str, Any] = {}
 
     def publish(self, version: int, tensors: Tensors) -> Manifest:
         """Has `tensors`, on this GPU and written whole, sent by the next `send`. Raises BadWeights."""
         manifest, self._arrays = described(self._gpu, self.name, version, tensors, self.manifest, self._incarnation)
-        self.manifest = manifest
-        return manifest
+        self.manifest = replace(manifest, seat=self._seat)
+        return self.manifest
 
     def open(self, epoch: int) -> tuple[str, bytes]:
         """NCCL's unique id: this process listens for those who come with it."""
@@ -259,6 +261,11 @@ class NcclSink(NcclEnd):
                     f"{name}: the plan has {dtype} {list(shape)}, {self.name} has {found} {list(arrays[name].shape)}"
                 )
         return arrays
+
+
+def seat_of(gpu: Gpu, carrier: str) -> Seat:
+    """Of a publisher that has this carrier only."""
+    return Seat(host=host_id(), gpu=gpu.uuid, carriers=(carrier,))
 
 
 def described(

@@ -51,4 +51,5 @@ def measure(options: argparse.Namespace, say: Say) -> Figures:
         if options.only in (None, name):
             say(name)
             figures |= section(options, say)
+    say("NCCL and CUDA IPC: not yet measured on a GPU; tests/gpu/exchange measures them where there is one")
     return figures

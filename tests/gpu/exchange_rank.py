@@ -22,7 +22,7 @@ from headrace.runtime.errors import RuntimeFault
 from headrace.runtime.exchange.communicator import Limits
 from headrace.runtime.exchange.cuda import cupy, nccl
 from headrace.runtime.exchange.device import Gpu
-from headrace.runtime.exchange.header import Manifest, Route, TensorSpec
+from headrace.runtime.exchange.header import Manifest, Route, Seat, TensorSpec
 from headrace.runtime.exchange.ipc import IpcSink, IpcSource
 from headrace.runtime.exchange.nccl import CupyFabric, NcclSink, NcclSource
 
@@ -132,9 +132,9 @@ class Rank:
 
 def manifest_of(fields: dict[str, Any]) -> Manifest:
     """What `dataclasses.asdict` made of it, back."""
-    known = {field.name for field in dataclasses.fields(Manifest)} - {"seat"}
     specs = [TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in fields["tensors"]]
-    return Manifest(**{name: value for name, value in fields.items() if name in known - {"tensors"}}, tensors=specs)
+    seat = Seat(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields["seat"].items()})
+    return Manifest(**{**fields, "tensors": specs, "seat": seat})
 
 
 def route_of(fields: dict[str, Any]) -> Route:

@@ -6,8 +6,9 @@
     ep   experts, by slots that may hold replicas              e
     sp   tokens of a step, if there are many (a long prefill)  s
 
-Where a step has many tokens, attention divides them over s and e alike, for attention has no experts to divide. A
-value; knows nothing of torch, actors or how ranks talk.
+Where a step has many tokens, attention divides them over s and e alike, for attention has no experts to divide. A rank
+keeps the keys and values of its heads for all tokens: tp divides that memory, ep and sp do not. A value; knows nothing
+of torch, actors or how ranks talk.
 """
 
 from __future__ import annotations

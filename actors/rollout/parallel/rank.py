@@ -89,7 +89,7 @@ class Rank:
         """The logits of each rank's words after the wanted sequences, at the first rank, and the experts [T, K] that
         each layer chose. Raises RankLost."""
         device = self.link.device
-        share = share_of(batch, self._place, self._split_tokens)
+        share = share_of(batch, self._place, self._split_tokens, device)
         attend = self._attend(batch, share)
         tokens = torch.from_numpy(batch.tokens).to(device)
         turn = self._rotations[torch.from_numpy(batch.positions).to(device)].unsqueeze(1)

@@ -33,7 +33,7 @@ class Share:
     """int64 [m], ascending: the tokens whose experts this rank and others with its s compute"""
 
 
-def share_of(batch: Batch, place: Place, least: int) -> Share | None:
+def share_of(batch: Batch, place: Place, least: int, device: torch.device | str = "cpu") -> Share | None:
     """None if there are less than `least` tokens for each rank, or only one rank to share them."""
     num, total = place.num_rows, len(batch.tokens)
     if num == 1 or total < max(least, 2) * num:
@@ -46,7 +46,8 @@ def share_of(batch: Batch, place: Place, least: int) -> Share | None:
     first = place.s * place.mesh.ep
     together = np.sort(np.concatenate(shares[first : first + place.mesh.ep]))
     rows = shares[place.row]
-    return Share(torch.from_numpy(rows), _part(batch, rows), width, *map(torch.from_numpy, (order, together)))
+    own, where, experts = (torch.from_numpy(numbers).to(device) for numbers in (rows, order, together))
+    return Share(own, _part(batch, rows), width, where, experts)
 
 
 def _pieces(total: int, num: int) -> list[np.ndarray]:
