@@ -90,6 +90,8 @@ class Hub:
         self.inits = 0
         self.spoil: Callable[[bytes], bytes] = lambda data: data
         """What happens to the bytes on their way."""
+        self.frozen: set[str] = set()
+        """Members to whom nothing comes."""
         self.mute: set[int] = set()
         """Ranks that never come to an init."""
 
@@ -97,8 +99,8 @@ class Hub:
 class HostFabric:
     """See communicator.Fabric: sends are copies into a mailbox, receives wait until `done` finds something there."""
 
-    def __init__(self, hub: Hub) -> None:
-        self.hub = hub
+    def __init__(self, hub: Hub, name: str = "") -> None:
+        self.hub, self.name = hub, name
         self.token, self.rank, self.over = b"", 0, False
         self.work: deque[Callable[[], bool]] = deque()
         self.completed = 0
@@ -135,7 +137,7 @@ class HostFabric:
         def copy() -> bool:
             with self.hub.changed:
                 box = self.hub.mail[self.token, peer, self.rank]
-                if not box:
+                if not box or self.name in self.hub.frozen:
                     return False
                 ctypes.memmove(address, box.popleft(), num_bytes)
             return True
