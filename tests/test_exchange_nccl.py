@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from headrace.runtime.errors import (
 from headrace.runtime.exchange import cuda, device
 from headrace.runtime.exchange.communicator import Limits
 from headrace.runtime.exchange.header import Manifest, Route
-from headrace.runtime.exchange.holding import Held, Holding, Part, Split, Whole
+from headrace.runtime.exchange.holding import Held, Holding, Part, Shard, Split, Whole
 from headrace.runtime.exchange.mesh import Mesh
 from headrace.runtime.exchange.nccl import NcclSink, NcclSource
 from headrace.runtime.exchange.plan import Plan, make_plan
@@ -129,6 +130,31 @@ def test_a_plan_reshards_on_the_way():
         ep, tp = divmod(rank, 2)
         wanted = published["experts"].view(torch.int16).numpy()[2 * ep : 2 * ep + 2, :, 5 * tp : 5 * tp + 5]
         assert np.array_equal(got["mine"].view(np.int16), wanted)
+    ends.close()
+
+
+def test_shards_of_two_publishers_meet_in_engines_that_are_cut_otherwise():
+    whole = Whole("w", "<f4", (10, 8))
+
+    def plan(manifest: Manifest, route: Route) -> Plan:
+        trainer = Holding(Mesh({"fsdp": 2}), [Held("w", (Part(whole),), (Shard(0, ("fsdp",)),))])
+        engines = Holding(Mesh({"tp": 2}, first=2), [Held("w", (Part(whole, (Split(1, ("tp",)),)),))])
+        return make_plan(trainer, engines)
+
+    ends = Ends(2, plan=plan)
+    other = NcclSource("trainer/1", HostGpu(), make=lambda _: HostFabric(ends.hub), bucket_bytes=256, plan=plan)
+    full = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
+    manifest = ends.source.publish(4, {"w": full[:5]})
+    other.publish(4, {"w": full[5:]})
+    names = ("trainer", "trainer/1", "engine0", "engine1")
+    with ThreadPoolExecutor(4) as threads:
+        route = [replace(ends.route(rank, 0), members=names) for rank in range(4)]
+        sent = [threads.submit(end.send, manifest, route[r]) for r, end in enumerate((ends.source, other))]
+        got = [threads.submit(sink.receive, manifest, route[r + 2]) for r, sink in enumerate(ends.sinks)]
+    assert [future.exception() for future in sent] == [None, None]
+    for tp, future in enumerate(got):
+        assert np.array_equal(future.result()["w"], full[:, 4 * tp : 4 * tp + 4].numpy())
+    other.close()
     ends.close()
 
 
