@@ -323,6 +323,7 @@ def run_stub(stub: str, *cases: str) -> tuple[list[Any], subprocess.CompletedPro
     return [json.loads(line) for line in done.stdout.splitlines()], done
 
 
+@pytest.mark.slow
 def test_cupys_binding_moves_whole_weights_and_every_fault_is_over_after_an_abort(stub: str):
     """cupy lets go of the GIL in calls that hang, and an abort from another thread ends them."""
     whole = ["sent", "whole", "whole"]
