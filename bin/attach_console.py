@@ -79,7 +79,7 @@ def _is_whole(text: str) -> bool:
     command = codeop.CommandCompiler()
     command.compiler = compiler
     try:
-        return command(text) is not None
+        return command(text.rstrip(" \t")) is not None  # A blank line ends a block, though it is indented.
     except (SyntaxError, ValueError, OverflowError):
         return True
 

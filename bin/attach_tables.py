@@ -135,8 +135,9 @@ def told_text(told: Sequence[Row]) -> Text:
     for part in told:
         lines.append(f"{part['actor']}:" + ("" if part["told"] else f" {part.get('error') or 'nothing'}"))
         for event in part["told"] or ():
-            rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event"))
-            lines.append(f"  {clock(event.get('time')):<12}  {event.get('event', '')}  {rest}".rstrip())
+            at = event.get("time", event.get("at"))
+            rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "at", "event"))
+            lines.append(f"  {clock(at):<12}  {event.get('event', '')}  {rest}".rstrip())
     return Text("\n".join(lines) or "no actor explains samples")
 
 

@@ -81,7 +81,9 @@ async def test_at_the_prompt(tmp_path):
             "object()", "'x' * 10**8", "raise SystemExit(3)", "leave()", "x",
             "await team_of_subject.resize(5); team_of_subject", "await team_of_subject.resize(0)",
             "explain(1)", "help()", "find('subjet')", "await subject.told()", "async for x in subject.add.stream(): x",
-            "subject.nap.cast(0.0)", "subject.nope()", "subject.add(); explain(7); ps(); waits(); dead_letters(); settings(); await cluster.counters()", "(1,\n 2)",
+            "subject.nap.cast(0.0)", "subject.nope()",
+            "subject.add(); explain(7); ps(); waits(); dead_letters(); settings(); await cluster.counters()",
+            "(1,\n 2)",
         )  # fmt: skip
     of = "tree call raises enter print x remote zero syntax object huge exit leave nox team refused explain help find"
     by = dict(zip([*of.split(), "value", "stream", "cast", "unknown", "rest", "lines"], told, strict=True))

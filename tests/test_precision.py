@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from headrace.actors.job import load_job
 from headrace.actors.model.config import ModelConfig
 from headrace.actors.model.qwen3_moe import Qwen3Moe
+from headrace.actors.rollout import Rollout
 from headrace.actors.rollout.precision import Kind, Precision, Schedule, Watch
 from headrace.actors.rollout.requests import Chunk, Request
 from headrace.actors.rollout.runner import Batch
@@ -170,6 +172,17 @@ def test_weights_far_from_their_fp8_make_it_fall_back() -> None:
     assert told is not None and told["now"] == "full" and told["token_kl"] > 1e-9 and schedule.fallen
 
 
+def test_the_fp8_job_is_the_default_one_but_for_what_it_says() -> None:
+    default, fp8 = (load_job(ROOT / path) for path in ("cluster.toml", "bin/clusters/fp8.toml"))
+    rl = replace(default.rl, correction="tis", truncation=2.0, max_staleness=1)
+    assert (fp8.rl, fp8.model, fp8.task, fp8.sft) == (rl, default.model, default.task, default.sft)
+    assert (fp8.algorithm, fp8.evaluation) == (default.algorithm, default.evaluation)
+    mine, theirs = (job.cluster.actors["rollout"].instance for job in (fp8, default))
+    assert isinstance(mine, Rollout) and isinstance(theirs, Rollout)
+    assert mine.precision == Precision(prefill="fp8", decode="fp8", activations="fp8", kl_bound=1e-2)
+    assert mine.num_slots == theirs.num_slots
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -186,3 +199,9 @@ def test_a_wrong_setting_is_one_clear_error(setting: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_job(ROOT / "cluster.toml", [f"actors.rollout.precision.{setting}"])
     assert message in str(caught.value) and "actors.rollout.precision" in str(caught.value)
+
+
+def test_a_server_is_not_told_our_precision() -> None:
+    settings = ['engine="openai"', 'base_url="http://127.0.0.1:1"', 'precision.decode="fp8"']
+    with pytest.raises(ConfigError, match="precision is of our own engine; leave it out"):
+        load_job(ROOT / "cluster.toml", [f"actors.rollout.{setting}" for setting in settings])

@@ -54,6 +54,14 @@ class Rollout(Worker):
     """Responses that are generated at once."""
     chunk_tokens: Annotated[int, Ge(1)] = 32
     """Tokens of a response between two chunks: what a kill costs at most."""
+    page_tokens: Annotated[int, Ge(1)] = 8
+    """Tokens whose keys and values lie together. Half a page of each response is empty; small pages cost time."""
+    kv_tokens: Annotated[int, Ge(0)] = 0
+    """Room for keys and values of so many tokens; 0: for all slots at their longest. Less has responses wait."""
+    routes: bool = False
+    """Whether each token comes with the experts that it chose, for routing replay."""
+    fixed_shapes: bool = False
+    """Whether a response is the same to the last bit whatever it is batched with, which costs time."""
     precision: Precision = field(default_factory=Precision)
     """Which phases compute in FP8, and when they are to fall back; of our own engine."""
     tp: Annotated[int, Ge(1)] = 1
@@ -78,6 +86,8 @@ class Rollout(Worker):
                     f"the server's log-probabilities are those of temperature 1, and [rl] temperature is "
                     f'{self.rl.temperature}; set server.logprobs = "processed" if it gives those that it samples from'
                 )
+            if self.precision.uses_fp8:
+                raise ValueError('precision is of our own engine; leave it out, a server has its own settings for that')
         elif self.base_url:
             raise ValueError('base_url is of a server; set engine = "openai", or leave it out')
         self.mesh.check(self.model)

@@ -156,7 +156,8 @@ class LocalBackend:
             "version": engine.version, "live": engine.num_live, "waiting": engine.num_waiting,
             "steps": engine.stats.num_steps, "tokens": engine.stats.num_generated_tokens,
             "prefilled_tokens": engine.stats.num_prefilled_tokens, "busy_s": self._busy_s,
-            **self._precision_stats(),
+            "preempted": engine.scheduler.num_preempted, "kv_waste": _share_empty(*engine.kv_use()),
+            "refused": dict(engine.stats.refused), **self._precision_stats(),
         }  # fmt: skip
         return chunks, more
 
@@ -213,8 +214,14 @@ class LocalBackend:
             worker.model, weights, version=version, num_slots=worker.num_slots,
             max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
             eos_id=worker.task.eos_id, seed=worker.run.seed, chunk_tokens=worker.chunk_tokens, runner=runner,
+            page_tokens=worker.page_tokens, kv_tokens=worker.kv_tokens or None, routes=worker.routes,
+            fixed_shapes=worker.fixed_shapes, worker=worker.name,
             precision=self._schedule.describe() if self._watch else "float32",
         )  # fmt: skip
+
+
+def _share_empty(held: int, room: int) -> float:
+    return 1 - held / room if room else 0.0
 
 
 def _import_torch() -> None:

@@ -89,7 +89,8 @@ class RlSettings(UpdateSettings):
     correction: Correction = "none"
     """Of what sampled the tokens being another policy than the one that the step begins from: older, or in FP8.
     none: the surrogate's ratio is to the policy that sampled; tis and decoupled: to the one that the step begins from,
-    and a token weighs as much more or less as that one would have sampled it, with tis at most `truncation`."""
+    and a token weighs as much more or less as that one would have sampled it, with tis at most `truncation`. Then only
+    the second and later mini-batches are clipped: with one, keep max_staleness low."""
     truncation: Annotated[float, Ge(1)] = 2.0
     """Largest weight of a token under tis."""
     max_staleness: Annotated[int, Ge(0)] = 4

@@ -4,7 +4,8 @@
 
 rate      N responses of the same length through Rollout.generate (scheduling, sampling, log-probabilities, versions,
           chunks), less what the same responses cost with a single token; against steps of Decoder over a contiguous
-          cache that are fed the same tokens, and nothing else
+          cache that are fed the same tokens, and nothing else; and against passes of the engine's own runner over
+          pages, each response with all of its own
 waste     places for tokens in pages in use in which there is none, over all places there, summed over the steps of
           long-tailed groups
 prompt    tokens of prompts that were computed, over those that there are: once for each group
@@ -31,6 +32,8 @@ from headrace.actors.rollout import Rollout
 from headrace.actors.rollout.engine import Engine
 from headrace.actors.rollout.local import LocalBackend
 from headrace.actors.rollout.requests import Request
+from headrace.actors.rollout.runner import Batch
+from headrace.actors.rollout.single import SingleRunner
 from headrace.actors.trainer.settings import RlSettings
 from headrace.runtime.exchange import Publisher
 from headrace.runtime.rundir import RunSpec
@@ -38,6 +41,8 @@ from headrace.runtime.rundir import RunSpec
 SIZES = (16, 64, 256)
 PROMPT_TOKENS, NEW_TOKENS = 24, 97
 ROUNDS = 5
+PAGE_TOKENS = 8
+"""As Rollout.page_tokens."""
 SWAPS = 12
 
 
@@ -111,14 +116,44 @@ def raw_steps(work_weights: dict[str, np.ndarray], rows: np.ndarray) -> Callable
     return run
 
 
+def paged_steps(weights: dict[str, np.ndarray], rows: np.ndarray) -> Callable[[], float]:
+    """The same by the engine's runner, with batches that are there already."""
+    size, width = rows.shape
+    per_row = -(-width // PAGE_TOKENS)
+    runner = SingleRunner(MODEL, num_pages=size * per_row, page_tokens=PAGE_TOKENS)
+    runner.load(runner.prepare(weights))
+    tables = np.arange(size * per_row, dtype=np.int32).reshape(size, per_row)
+    everyone, ones = np.arange(size), np.ones(size, np.int64)
+
+    def batch(first: int, end: int) -> Batch:
+        count = end - first
+        return Batch(
+            tokens=rows[:, first:end].reshape(-1).copy(), positions=np.tile(np.arange(first, end), size),
+            counts=ones * count, tables=tables, num_decode=size if count == 1 else 0, wanted=everyone,
+        )  # fmt: skip
+
+    def run() -> float:
+        runner.run(batch(0, PROMPT_TOKENS))
+        batches = [batch(at, at + 1) for at in range(PROMPT_TOKENS, width - 1)]
+        begun = time.perf_counter()
+        for one in batches:
+            runner.run(one)
+        return time.perf_counter() - begun
+
+    return run
+
+
 async def decode_ratio(size: int) -> dict[str, float]:
     async with Bench(size) as bench:
         _, rows = await bench.answer(bench.requests(size, NEW_TOKENS))
         steps = raw_steps(bench.work.weights, rows)
+        pages = paged_steps(bench.work.weights, rows)
         steps()
-        raw, whole, first = [], [], []
+        pages()
+        raw, paged, whole, first = [], [], [], []
         for _ in range(ROUNDS):
             raw.append(await asyncio.to_thread(steps))
+            paged.append(await asyncio.to_thread(pages))
             whole.append((await bench.answer(bench.requests(size, NEW_TOKENS)))[0])
             first.append((await bench.answer(bench.requests(size, 1)))[0])
     inside_s = statistics.median(whole) - statistics.median(first)
@@ -127,6 +162,7 @@ async def decode_ratio(size: int) -> dict[str, float]:
         f"decode_{size}_per_s": size * (NEW_TOKENS - 1) / inside_s,
         f"raw_decode_{size}_per_s": size * (NEW_TOKENS - 1) / raw_s,
         f"decode_{size}_ratio": raw_s / inside_s,
+        f"decode_{size}_over_pages_ratio": statistics.median(paged) / inside_s,
     }
 
 
@@ -142,7 +178,7 @@ def kv_waste() -> float:
     work = make_work()
     engine = Engine(
         MODEL, work.weights, version=1, num_slots=128, max_prompt_tokens=MAX_PROMPT, max_new_tokens=MAX_NEW,
-        eos_id=EOS_ID, seed=0,
+        eos_id=EOS_ID, seed=0, page_tokens=PAGE_TOKENS,
     )  # fmt: skip
     for number, prompt in enumerate(work.prompts):
         engine.submit(

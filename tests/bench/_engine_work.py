@@ -22,9 +22,9 @@ MODEL = ModelConfig(hidden_size=128, num_layers=2, num_experts=8, max_positions=
 EOS_ID = RunningSum.eos_id
 """Its logit is always 0: as good as never the likeliest token."""
 
-NUM_PROMPTS, GROUP_SIZE = 64, 8
+NUM_PROMPTS, GROUP_SIZE = 48, 8
 MAX_PROMPT, MAX_NEW = 48, 448
-MEDIAN_TOKENS, SIGMA = 40, 0.9
+MEDIAN_TOKENS, SIGMA = 64, 0.9
 """Of the lognormal lengths."""
 
 

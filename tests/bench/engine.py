@@ -1,6 +1,6 @@
 """The rollout engine: against transformers, against bare decode steps, handing over, and with FP8 weights.
 
-peers      512 responses with lengths p99/mean >= 2.5, greedy, on two threads: ours, transformers' generate in static
+peers      384 responses with lengths p99/mean >= 2.5, greedy, on two threads: ours, transformers' generate in static
            batches (the better of two sizes), its continuous batching; useful tokens per second, medians of interleaved
            rounds; tokens and log-probabilities compared
 decode     inside the rollout actor over bare decode steps, at 16, 64 and 256 responses, one thread; prompts of groups

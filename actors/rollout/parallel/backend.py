@@ -22,7 +22,7 @@ from ....runtime.exchange.header import host_id
 from ....runtime.thread import WorkThread
 from ....runtime.worker_group import rank_names
 from ...meeting import meeting_file
-from ..local import LocalBackend
+from ..local import LocalBackend, _import_torch
 from ..requests import Chunk, Request
 from .lost import RankLost
 
@@ -51,6 +51,7 @@ class RanksBackend(LocalBackend):
         self._others = [worker.find(name) for name in rank_names(worker.name, worker.mesh.size)[1:]]
         self._receiver = Receiver()
         self._reading = WorkThread(f"{worker.name}:reading")
+        self._loading = asyncio.Lock()  # All ranks take versions in the same order.
         self._tickets = 0
 
     def seat(self) -> Seat:
@@ -58,7 +59,8 @@ class RanksBackend(LocalBackend):
 
     async def load(self, manifest: Manifest, route: Route | None = None) -> None:
         try:
-            await super().load(manifest, route)
+            async with self._loading:
+                await super().load(manifest, route)
         except (RankLost, ActorDied) as error:
             await self._worker.fail(error)
 
@@ -129,8 +131,6 @@ class FollowerBackend:
         self._joined: asyncio.Future[Follower] | None = None
 
     async def open(self) -> None:
-        from ..local import _import_torch
-
         await self._worker.in_thread(_import_torch)
 
     async def close(self) -> None:
@@ -144,7 +144,7 @@ class FollowerBackend:
             self._worker.background(self._live(self._joined), name="follow")
         follower = await asyncio.shield(self._joined)
         part = await self._weights.run(_read, self._worker, self._receiver, manifest, ticket, experts)
-        await self._weights.run(follower.take, part)
+        await self._weights.run(_take, follower, part)
 
     def seat(self) -> Seat:
         self._refuse()
@@ -200,6 +200,12 @@ def _read(worker: Rollout, receiver: Receiver, manifest: Manifest, ticket: int, 
     part.ticket = ticket
     receiver.receive(manifest, into=part, copies=list(cuts(worker.model, place, placements)))
     return part
+
+
+def _take(follower: Follower, part: Part) -> None:
+    """On the weights' thread, whose torch must not take the cores of those that compute."""
+    _import_torch()
+    follower.take(part)
 
 
 async def _all(asked: Sequence[Awaitable[Any]]) -> list[Any]:

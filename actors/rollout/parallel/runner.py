@@ -7,6 +7,7 @@ Between two steps it may move experts to where the load is (balance.py). Knows n
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,7 @@ class Follower:
         self._link = link
         self._config = config
         self._taken: dict[int, RankWeights] = {}
+        self._lock = threading.Lock()
 
     def take(self, part: Part) -> None:
         """Prepares weights, and keeps them until the first rank says that they count, or newer ones do.
@@ -114,13 +116,16 @@ class Follower:
         Raises ValueError, FloatingPointError as `prepare`.
         """
         weights = prepare(self._link, self._config, part)
-        self._taken[weights.ticket] = weights
-        for ticket in sorted(self._taken)[:-MOST_TAKEN]:
-            del self._taken[ticket]
+        with self._lock:
+            self._taken[weights.ticket] = weights
+            for ticket in sorted(self._taken)[:-MOST_TAKEN]:
+                del self._taken[ticket]
 
     def _load(self, rank: Rank, ticket: int) -> None:
-        rank.load(self._taken[ticket])
-        self._taken = {later: weights for later, weights in self._taken.items() if later > ticket}
+        with self._lock:
+            weights = self._taken[ticket]
+            self._taken = {later: others for later, others in self._taken.items() if later > ticket}
+        rank.load(weights)
 
     def follow(self) -> None:
         """Does what the first rank does, until that is gone: RankLost, or this one is closed."""
