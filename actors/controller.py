@@ -83,7 +83,7 @@ class Controller(Actor):
     algorithm: Algorithm
     evaluation: EvaluationSettings
     carrier: Literal["auto", "ipc", "nccl", "shm", "tree"] = "auto"
-    """What brings weights to rollout; auto: the best for each worker. The tree needs nodes with transport = "tcp"."""
+    """What brings weights to rollout; auto: the best for each worker."""
 
     live = ("rl.max_staleness", "rl.alpha", "rl.temperature", "rl.learning_rate")
 
@@ -333,10 +333,10 @@ class Controller(Actor):
 
     async def _publish(self) -> None:
         """Has the trainer lay out its weights as the newest version; rollout takes them while training goes on."""
-        self.rollout.publish(await self.republish())
+        await self.rollout.publish(self.state.version)
 
-    async def republish(self) -> Manifest:
-        return await self.trainer.publish(self.rollout.needed())
+    async def lay_out(self, version: int, keep: dict[int, list[str]]) -> Manifest:
+        return await self.trainer.publish(keep)
 
     def halted(self, group: Group) -> None:
         if group.prompt.ordinal in self.ledger.running:

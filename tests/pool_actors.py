@@ -110,7 +110,7 @@ class Editor(Actor):
         self.groups: list[Group] = []
         self.pool = RolloutPool(self, self, "scribe")
         await self.pool.open()
-        self.pool.publish(await self.republish())
+        await self.pool.publish(self.version)
 
     def halted(self, group: Group) -> None:
         self.halts += 1
@@ -121,16 +121,21 @@ class Editor(Actor):
     def armed(self, publish_s: float) -> None:
         assert publish_s >= 0
 
-    async def republish(self) -> Manifest:
+    async def lay_out(self, version: int, keep: dict[int, list[str]]) -> Manifest:
         return Manifest(
             name="policy", version=self.version, pid=1, fd=0, incarnation=1, generation=1, nbytes=0, bucket_bytes=1,
             tensors=[],
         )  # fmt: skip
 
+    @message
+    async def turn_a_deaf_ear(self) -> None:
+        for watching in self.pool._watching.values():
+            watching.cancel()
+
     @message(concurrent=True)
     async def publish(self, version: int) -> None:
         self.version = version
-        self.pool.publish(await self.republish())
+        await self.pool.publish(self.version)
 
     @message(concurrent=True, deadline_s=30.0)
     async def write(self, count: int, tokens: int, least: int = 0) -> list[Group]:

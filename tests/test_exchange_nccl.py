@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from headrace.runtime.errors import (
 from headrace.runtime.exchange import cuda, device
 from headrace.runtime.exchange.communicator import Limits
 from headrace.runtime.exchange.header import Manifest, Route
-from headrace.runtime.exchange.holding import Held, Holding, Part, Split, Whole
+from headrace.runtime.exchange.holding import Held, Holding, Part, Shard, Split, Whole
 from headrace.runtime.exchange.mesh import Mesh
 from headrace.runtime.exchange.nccl import NcclSink, NcclSource
 from headrace.runtime.exchange.plan import Plan, make_plan
@@ -132,6 +133,31 @@ def test_a_plan_reshards_on_the_way():
     ends.close()
 
 
+def test_shards_of_two_publishers_meet_in_engines_that_are_cut_otherwise():
+    whole = Whole("w", "<f4", (10, 8))
+
+    def plan(manifest: Manifest, route: Route) -> Plan:
+        trainer = Holding(Mesh({"fsdp": 2}), [Held("w", (Part(whole),), (Shard(0, ("fsdp",)),))])
+        engines = Holding(Mesh({"tp": 2}, first=2), [Held("w", (Part(whole, (Split(1, ("tp",)),)),))])
+        return make_plan(trainer, engines)
+
+    ends = Ends(2, plan=plan)
+    other = NcclSource("trainer/1", HostGpu(), make=lambda _: HostFabric(ends.hub), bucket_bytes=256, plan=plan)
+    full = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))
+    manifest = ends.source.publish(4, {"w": full[:5]})
+    other.publish(4, {"w": full[5:]})
+    names = ("trainer", "trainer/1", "engine0", "engine1")
+    with ThreadPoolExecutor(4) as threads:
+        route = [replace(ends.route(rank, 0), members=names) for rank in range(4)]
+        sent = [threads.submit(end.send, manifest, route[r]) for r, end in enumerate((ends.source, other))]
+        got = [threads.submit(sink.receive, manifest, route[r + 2]) for r, sink in enumerate(ends.sinks)]
+    assert [future.exception() for future in sent] == [None, None]
+    for tp, future in enumerate(got):
+        assert np.array_equal(future.result()["w"], full[:, 4 * tp : 4 * tp + 4].numpy())
+    other.close()
+    ends.close()
+
+
 def test_bytes_that_change_on_their_way_are_found():
     ends = Ends(1)
     manifest = ends.source.publish(1, tensors(1))
@@ -153,7 +179,8 @@ def test_a_publisher_that_is_silent_ends_the_transfer_and_the_epoch_is_over():
     ends = Ends(1)
     manifest, route = ends.source.publish(1, tensors(1)), ends.route(1, 0, stall_s=0.2)
     come(ends, 0, route)
-    with pytest.raises(TransferFailed, match=r"engine0, rank 1 of 2 in epoch 0, .*: nothing moved for 0.2 s \(0 of 12"):
+    waited = r"nothing moved for 0.2 s, waiting for bucket 0 from rank 0 \(0 of 12 waves"
+    with pytest.raises(TransferFailed, match=rf"engine0, rank 1 of 2 in epoch 0, .*: {waited}"):
         ends.sinks[0].receive(manifest, route)
     with pytest.raises(TransferFailed, match="epoch 0 is over here; repeat the transfer under a higher one"):
         ends.sinks[0].receive(manifest, route)
@@ -297,6 +324,7 @@ def run_stub(stub: str, *cases: str) -> tuple[list[Any], subprocess.CompletedPro
     return [json.loads(line) for line in done.stdout.splitlines()], done
 
 
+@pytest.mark.slow
 def test_cupys_binding_moves_whole_weights_and_every_fault_is_over_after_an_abort(stub: str):
     """cupy lets go of the GIL in calls that hang, and an abort from another thread ends them."""
     whole = ["sent", "whole", "whole"]

@@ -93,6 +93,24 @@ async def test_one_that_leaves_hands_its_groups_on_and_one_that_comes_has_weight
         assert writers(late) == {1, 2, 3}
 
 
+async def test_a_worker_that_came_back_unheard_of_is_found_by_the_next_publish(tmp_path: Path) -> None:
+    async with office(tmp_path / "run", 2) as (system, editor):
+        await editor.turn_a_deaf_ear()
+        os.kill(system.pids()["scribe_2"], signal.SIGKILL)
+        await until(system_tree(system), lambda rows: any(r["incarnation"] == 2 and r["state"] == "up" for r in rows))
+        await editor.publish(9)
+        state = await until(editor.state, lambda state: all(row["version"] == 9 for row in state[0]))
+        assert [row["incarnation"] for row in state[0]] == [1, 2]
+        assert writers(await editor.write(4, 2, least=9)) == {1, 2}
+
+
+def system_tree(system: System) -> Callable[[], Awaitable[list[dict[str, Any]]]]:
+    async def tree() -> list[dict[str, Any]]:
+        return [row for row in system.tree() if row["name"].startswith("scribe")]
+
+    return tree
+
+
 async def test_nobody_writes_with_older_weights_than_a_group_started_with(tmp_path: Path) -> None:
     async with office(tmp_path / "run", 1) as (_, editor):
         work = asyncio.create_task(editor.write(1, 2, least=5))

@@ -49,8 +49,9 @@ class Owner(Protocol):
     def armed(self, publish_s: float) -> None:
         """A worker holds the newest version, so many seconds after it was there."""
 
-    async def republish(self) -> Manifest:
-        """Lays the newest version out anew: whoever had published it is gone."""
+    async def lay_out(self, version: int, keep: dict[int, list[str]]) -> Manifest:
+        """Has the newest weights laid out, as this version or a newer one; versions in `keep`, and the workers that
+        need each, stay."""
 
 
 @dataclass(eq=False)
@@ -84,8 +85,8 @@ class RolloutPool:
         self._writers: dict[str, Writer] = {}
         self._watching: dict[str, asyncio.Task[None]] = {}
         self._exchange = Exchange(
-            self._republish, carrier=carrier, patience=PATIENCE, on_held=self._held, on_lost=self._not_taken,
-            background=actor.background,
+            self._lay_out, roster=self._present, carrier=carrier, patience=PATIENCE, on_held=self._held,
+            on_lost=self._not_taken, background=actor.background,
         )  # fmt: skip
         self._published = 0.0
         self._news = asyncio.Event()
@@ -155,14 +156,33 @@ class RolloutPool:
 
     # Weights ------------------------------------------------------------------------------------------------
 
-    def publish(self, manifest: Manifest) -> None:
-        """Has every worker take this version, the newest, while it goes on; returns at once."""
-        self._published = time.monotonic()
-        self._exchange.offer(manifest)
+    async def publish(self, version: int) -> None:
+        """Has the newest version laid out, and returns; every worker that there is takes it while it goes on.
 
-    def needed(self) -> dict[int, list[str]]:
-        """Versions that must stay where they are published, and the workers that need each."""
-        return self._exchange.needed()
+        Raises what `lay_out` raised: then workers keep what they have.
+        """
+        await self._exchange.publish(version)
+
+    async def _lay_out(self, version: int, keep: dict[int, list[str]]) -> Manifest:
+        manifest = await self._owner.lay_out(version, keep)
+        self._published = time.monotonic()
+        return manifest
+
+    async def _present(self) -> dict[str, tuple[Ref, int]]:
+        """The workers that are up, and their incarnations: whatever was heard of them."""
+        present: dict[str, tuple[Ref, int]] = {}
+        for name in await self._copies.names():
+            writer = self._add(name)
+            try:
+                async with asyncio.timeout(STATS_S):
+                    status = await anext(self._actor.watch(name))
+            except TimeoutError:
+                continue  # It has not been heard of: it is not up yet.
+            if status.state == "up" and not writer.leaving:
+                if status.incarnation != writer.incarnation:
+                    writer.incarnation, writer.holds = status.incarnation, NOTHING
+                present[name] = writer.ref, status.incarnation
+        return present
 
     async def arm_first(self) -> None:
         """Returns when the first worker holds the newest version."""
@@ -170,9 +190,6 @@ class RolloutPool:
         while (manifest := self._exchange.manifest) is not None and first.holds != manifest.version:
             self._require_any()
             await self._news.wait()
-
-    async def _republish(self, version: int, needed: dict[int, list[str]]) -> Manifest:
-        return await self._owner.republish()
 
     def _held(self, name: str, version: int) -> None:
         self._writers[name].holds = version
@@ -257,10 +274,11 @@ class RolloutPool:
 
     # Watching -----------------------------------------------------------------------------------------------
 
-    def _add(self, name: str) -> None:
+    def _add(self, name: str) -> Writer:
         if name not in self._writers:
             writer = self._writers[name] = Writer(name, self._actor.find(name))
             self._watching[name] = self._actor.background(self._watch(writer), name=f"watch {name}")
+        return self._writers[name]
 
     async def _watch(self, writer: Writer) -> None:
         """Follows the incarnations of a worker, and arms each. Raises ActorDied when no worker is left."""

@@ -107,7 +107,12 @@ class Exchange:
             raise
 
     def enter(self, name: str, port: Port, incarnation: int = 0) -> Member:
-        """As `join`, and waits for nothing."""
+        """As `join`, and waits for nothing. An incarnation that is a member stays it, and is tried again."""
+        known = self._members.get(name)
+        if known is not None and known.incarnation == incarnation and known.port is port:
+            known.tried = None
+            self._tell()
+            return known
         self.leave(name)
         member = self._members[name] = Member(name, port, incarnation)
         self.epoch += 1

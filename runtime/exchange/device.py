@@ -1,7 +1,7 @@
 """One GPU as the carriers use it: memory, copies and checksums, through cupy.
 
     adopt(tensor) -> array       a tensor of torch or cupy, as an array of the numpy dtype that holds its bits; no copy
-    here()                       what is enqueued in it goes to this GPU, in order, by a stream of this thread
+    here()                       a block whose work goes to this GPU, in order, on a stream that waits for no other
 
 cupy is imported when the first of these is called, and nothing is started before. A checksum is that of the kernels'
 buckets (kernels/reference/bucket.py), computed where the bytes are. Knows nothing of plans, versions or NCCL.
@@ -45,11 +45,12 @@ _NAMES = {
 
 
 class Gpu:
-    """GPU `number`. Methods but `here` and `wrap` are called inside `here`."""
+    """GPU `number`. What allocates, copies or computes is called inside `here`."""
 
     def __init__(self, number: int = 0) -> None:
         self.number = number
         self._checksum: Callable[..., Any] | None = None
+        self._stream: Any = None
 
     @property
     def uuid(self) -> str:
@@ -60,12 +61,14 @@ class Gpu:
     def here(self, stream: Any = None) -> Iterator[None]:
         """A block whose work is enqueued on this GPU; on return it is done, unless the stream is the caller's."""
         with self.on():
-            own = stream or self.stream()
+            if stream is None and self._stream is None:
+                # One for all blocks: memory that cupy frees on a stream is used again on that stream only.
+                self._stream = self.stream()
             try:
-                with own:
+                with stream or self._stream:
                     yield
                     if stream is None:
-                        own.synchronize()
+                        self._stream.synchronize()
             except cupy().cuda.memory.OutOfMemoryError as error:
                 raise TransferFailed(f"GPU {self.number} has no room: {error}; use smaller buckets") from None
 

@@ -55,7 +55,6 @@ class DeviceTransfer:
         *,
         version: int,
         epoch: int,
-        generation: int = 0,
     ) -> None:
         """Allocates the buffer on the device of the caller. Raises ValueError for a schedule that quantizes."""
         if any(schedule.quantized(row) for row in range(len(schedule.offset))):
@@ -63,7 +62,7 @@ class DeviceTransfer:
         self._device = device
         self._schedule = schedule
         self._source, self._dest = source, dest
-        self._identity = version, epoch, generation
+        self._version, self._epoch = version, epoch
         buckets = schedule.buckets
         self._buffer = device.empty(HEADER_BYTES + max((bucket.nbytes for bucket in buckets), default=0))
         headers = np.zeros((len(buckets), HEADER_BYTES), np.uint8)
@@ -116,9 +115,8 @@ class DeviceTransfer:
                 )
 
     def _header(self, bucket: Bucket, checksum: int = 0) -> BucketHeader:
-        version, epoch, generation = self._identity
         return BucketHeader(
-            version=version, epoch=epoch, incarnation=0, generation=generation, index=bucket.number,
+            version=self._version, epoch=self._epoch, incarnation=0, generation=0, index=bucket.number,
             num_buckets=bucket.num_buckets, nbytes=bucket.nbytes, checksum=checksum, source=bucket.source,
             dest=bucket.dest,
         )  # fmt: skip

@@ -169,9 +169,8 @@ class NcclEnd:
             schedule = self._scheduled(manifest, route)
             with self._gpu.here():
                 transfer = DeviceTransfer(
-                    self._gpu, schedule, source, dest, version=manifest.version, epoch=route.epoch,
-                    generation=manifest.generation,
-                )  # fmt: skip
+                    self._gpu, schedule, source, dest, version=manifest.version, epoch=route.epoch
+                )
                 transfer.copy_local()
             self._blocking(
                 self._communicator.transfer(
@@ -199,7 +198,8 @@ class NcclEnd:
 
 
 class NcclSource(NcclEnd):
-    """A publisher's end. What it publishes stays where it is: it must not change until `send` has returned."""
+    """The end of a publisher, or of one of its ranks. What it publishes stays where it is: it must not change until
+    `send` has returned. The manifest that goes round is that of rank 0."""
 
     collective: ClassVar[bool] = True
 
@@ -224,7 +224,8 @@ class NcclSource(NcclEnd):
 
     def send(self, manifest: Manifest, route: Route) -> None:
         """Raises StaleIncarnation if that is not the version it has; TransferFailed, CommunicatorHung."""
-        if manifest != self.manifest:
+        mine = self.manifest
+        if mine is None or (mine != manifest if route.rank == 0 else mine.version != manifest.version):
             raise StaleIncarnation(
                 f"version {manifest.version} of {self.name} is not there any more; ask for the newest"
             )
