@@ -82,7 +82,7 @@ class Engine:
         eos_id: int,
         seed: int,
         chunk_tokens: int = 32,
-        page_tokens: int = 16,
+        page_tokens: int = 4,
         kv_tokens: int | None = None,
         prefill_tokens: int = 512,
         max_waiting: int = 65_536,
@@ -254,10 +254,14 @@ class Engine:
         if not logits:
             return self.flush()
         temperatures, randoms = self._slots.randomness()
-        truncation = {name: torch.from_numpy(values) for name, values in self._slots.truncation().items()}
         joined = logits[0] if len(logits) == 1 else torch.cat(logits)
-        drawn, drawn_logprobs = sample(joined, torch.from_numpy(temperatures), torch.from_numpy(randoms), **truncation)
-        tokens, logprobs = drawn.numpy(), drawn_logprobs.numpy()
+
+        def beside(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(joined.device, non_blocking=True)
+
+        truncation = {name: beside(values) for name, values in self._slots.truncation().items()}
+        drawn, drawn_logprobs = sample(joined, beside(temperatures), beside(randoms), **truncation)
+        tokens, logprobs = drawn.cpu().numpy(), drawn_logprobs.cpu().numpy()
         if not np.isfinite(logprobs).all():
             kept = self._refuse(~np.isfinite(logprobs))
             tokens, logprobs = tokens[kept], logprobs[kept]
