@@ -11,11 +11,11 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .following import Following
+from .interrupts import uninterrupted
 from .runtime.errors import RemoteError, RuntimeFault
 from .runtime.toml import ConfigError
 
@@ -68,7 +68,7 @@ def launch_main(arguments: Sequence[str]) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    with _uninterrupted():  # Classes of the file's actors are imported, too.
+    with uninterrupted():  # Classes of the file's actors are imported, too.
         from .actors.job import load_job
 
         job = load_job(options.cluster, options.set)
@@ -76,7 +76,7 @@ def _launch(options: argparse.Namespace) -> int:
         print(job.describe())
         return 0
     with job.open_run(resume=options.resume) as run:
-        with _uninterrupted():
+        with uninterrupted():
             import uvloop
 
             from .runtime.process import GC_THRESHOLD
@@ -84,16 +84,6 @@ def _launch(options: argparse.Namespace) -> int:
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLD)
         return uvloop.run(_Launch(job, run, plain=options.plain or not sys.stdout.isatty()).run())
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Holds back Ctrl-C while compiled modules are loaded, some of which crash if it strikes inside."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Launch:

@@ -203,7 +203,7 @@ class Spoiled(SingleRunner):
         out.logits[torch.from_numpy(lasts == self.spoil)] = torch.nan
         rows = np.flatnonzero(lasts == self.spoil)
         pages = batch.tables[batch.wanted[rows], batch.positions[batch.lasts][rows] // self.page_tokens]
-        self._cache.data[:, :, pages.astype(np.int64)] = torch.nan
+        self._cache._by_page[:, :, pages // self._cache._per_block, :, pages % self._cache._per_block] = torch.nan
         return out
 
 

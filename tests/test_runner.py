@@ -81,7 +81,7 @@ def test_mixed_chunked_batches_over_scattered_pages_equal_full_forward(chunk, sa
 def test_a_shared_beginning_is_read_by_all(safe_score, few_pages, monkeypatch):
     """Two prompts with 11 and 3 answers; their full pages are shared, and one of them by all."""
     monkeypatch.setattr(paged_decode, "SAFE_SCORE", safe_score)
-    monkeypatch.setattr(paged_decode, "FEW_PAGES", few_pages)
+    monkeypatch.setattr(paged_decode, "FEW_BLOCKS", few_pages)
     random = np.random.default_rng(0)
     common, answers = random.integers(1, 13, 4), random.integers(1, 13, (14, 5))
     prompts = [np.concatenate([common, random.integers(1, 13, n)]) for n in (9, 4)]

@@ -74,7 +74,7 @@ def _tile(
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         write(layer, k[:num], v[:num])
-        keys, values = cache.data[layer][:, pages].transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        keys, values = (x.flatten(0, 1) for x in cache.read(layer, pages))
         queries = q.reshape(TILE * groups, heads // groups, width)
         scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=width**-0.5)
         return torch.bmm(torch.softmax(scores, -1), values).view(TILE, -1)

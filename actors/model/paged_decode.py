@@ -1,10 +1,11 @@
 """Attention of one new token of each of many sequences over pages, in the order of the pool: no key is copied.
 
-    queries [S, H, D] --gathered to pages--> scores in each page --> partial sums --added up by owner--> [S, H * D]
+    queries [S, H, D] --gathered to blocks--> scores in each block --> partial sums --added up by owner--> [S, H * D]
 
-A page that several sequences share is met by all their queries at once. A softmax is exp(score) / sum of exp(score):
-where scores are known to be small (see PagedCache.expect) nothing is subtracted from them first, else the largest of
-each query is. Work follows the tokens that there are, not the longest sequence. Knows nothing of layers' weights.
+Pages are read in blocks of a few; where in a block a key stands does not matter, a mask says whose it is. A block that
+several sequences read is met by all their queries at once. A softmax is exp(score) / sum of exp(score): where scores
+are known to be small (see PagedCache.expect) nothing is subtracted from them first, else the largest of each query is.
+Work follows the tokens that there are, not the longest sequence. Knows nothing of layers' weights.
 """
 
 from __future__ import annotations
@@ -18,36 +19,46 @@ SAFE_SCORE = 60.0
 smallest normal one."""
 
 DENSE_SHARE = 0.7
-"""Pages are read where they lie if at least this share of the pool, up to the last that is used, has one reader."""
+"""Blocks are read where they lie if at least this share of the pool, up to the last that is used, has one reader."""
 
-FEW_PAGES = 256
-"""Up to so many reads of pages those that are shared are copied for each reader: an operation costs more than they."""
+FEW_BLOCKS = 256
+"""Up to so many reads of blocks those that are shared are copied for each reader: an operation costs more than they."""
 
 CLASS_RATIO = 4
-"""Shared pages are read together if the one with the most readers has at most this many times those of the least."""
+"""Shared blocks are read together if the one with the most readers has at most this many times those of the least."""
 
 
 class DecodePlan:
-    """For positions int64 [S] of the new tokens and tables [S, P], over the pool `data`."""
+    """For positions int64 [S] of the new tokens and tables [S, P] of pages of `size` tokens, over the pool `data`,
+    [layers, (k, v), blocks, G, tokens of a block, D]."""
 
-    def __init__(self, data: Tensor, positions: np.ndarray, tables: np.ndarray) -> None:
-        self._data = data
-        num, size = len(positions), data.shape[4]
-        self._num = num
+    def __init__(self, data: Tensor, size: int, positions: np.ndarray, tables: np.ndarray) -> None:
+        self._num = num = len(positions)
+        per_block = data.shape[4] // size
         held = positions // size + 1
         pages = tables[np.arange(tables.shape[1]) < held[:, None]].astype(np.int64)
         owners = np.repeat(np.arange(num), held)
         filled = np.full(len(pages), size)
         filled[np.cumsum(held) - 1] = positions % size + 1
-        readers = np.bincount(pages)
-        alone = readers[pages] == 1
-        if len(pages) <= FEW_PAGES or alone.all():
-            self._parts: list[_Alone | _Shared] = [_Alone(data, pages, owners, filled, num, in_place=bool(alone.all()))]
-        else:
-            self._parts = [
-                _Alone(data, pages[alone], owners[alone], filled[alone], num, in_place=True),
-                *_shared(data, pages[~alone], owners[~alone], readers, num),
-            ]
+        blocks = pages // per_block
+        reader = np.full(int(blocks.max()) + 1, num)
+        reader[blocks] = owners
+        shared = np.zeros(len(reader), bool)
+        shared[blocks[reader[blocks] != owners]] = True
+        reads = _Reads(size, per_block, num)
+        if not shared.any():
+            self._parts: list[_Alone | _Shared] = [_Alone(data, *reads.in_place(pages, owners, filled, reader))]
+            return
+        theirs = shared[blocks]
+        if len(pages) <= FEW_BLOCKS * per_block:
+            self._parts = [_Alone(data, *reads.gathered(pages, owners, filled))]
+            return
+        reader[shared] = num
+        mine = ~theirs
+        self._parts = [
+            _Alone(data, *reads.in_place(pages[mine], owners[mine], filled[mine], reader)),
+            *_shared(data, *reads.gathered(pages[theirs], owners[theirs], filled[theirs])),
+        ]
 
     def __call__(self, layer: int, q: Tensor, score_bound: float) -> Tensor:
         """q [S, H, D], of which no score is larger than `score_bound` in magnitude -> [S, H * D]."""
@@ -69,31 +80,55 @@ class DecodePlan:
         return (out.view(-1, heads, width) / total.unsqueeze(-1))[: self._num].flatten(1)
 
 
-class _Alone:
-    """Pages with one reader each. Read in place, if they may be and lie close together: some are read in vain then."""
+class _Reads:
+    """Who reads which block, and which of its tokens: (blocks or None for all, owners [N], bias [N, tokens])."""
 
-    def __init__(
-        self, data: Tensor, pages: np.ndarray, owners: np.ndarray, filled: np.ndarray, num: int, *, in_place: bool
-    ) -> None:
-        self._data, self._gathered = data, None
-        size, end = data.shape[4], int(pages.max()) + 1
-        if in_place and len(pages) >= DENSE_SHARE * end and data.device.type == "cpu":
-            of_page, in_page = np.full(end, num), np.zeros(end, np.int64)
-            of_page[pages], in_page[pages] = owners, filled
-            self._end = end
-        else:
-            of_page, in_page = owners, filled
-            self._gathered = torch.from_numpy(pages).to(data.device)
-        # For pages in vain, the query of nobody: its sums are added up beside those of the others, and forgotten.
-        bias = np.where(np.arange(size) < in_page[:, None], np.float32(0), np.float32(-np.inf))
-        bias[of_page == num] = 0
-        self.owners = torch.from_numpy(of_page).to(data.device)
-        self._queries = torch.from_numpy(np.minimum(of_page, num - 1)).to(data.device)
+    def __init__(self, size: int, per_block: int, num: int) -> None:
+        self._size, self._per_block, self._num = size, per_block, num
+
+    def _bias(self, rows: int, pages: np.ndarray, filled: np.ndarray) -> np.ndarray:
+        """Of `rows` blocks: 0 for the first `filled` tokens of `pages`, -inf elsewhere."""
+        bias = np.full((rows * self._per_block, self._size), -np.inf, np.float32)
+        bias[pages] = 0
+        part = filled < self._size
+        ends = np.arange(self._size) >= filled[part][:, None]
+        bias[pages[part]] = np.where(ends, np.float32(-np.inf), np.float32(0))
+        return bias.reshape(rows, -1)
+
+    def in_place(
+        self, pages: np.ndarray, owners: np.ndarray, filled: np.ndarray, reader: np.ndarray
+    ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray, int]:
+        """Blocks with one reader each: all of the pool up to the last, if most of them are read."""
+        bias = self._bias(len(reader), pages, filled)
+        used = np.flatnonzero(reader < self._num)
+        if len(used) < DENSE_SHARE * len(reader):
+            return used, reader[used], bias[used], self._num
+        bias[reader == self._num] = 0
+        return None, reader, bias, self._num
+
+    def gathered(
+        self, pages: np.ndarray, owners: np.ndarray, filled: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Blocks as often as they have readers, in the order of the pool."""
+        pairs, row = np.unique(pages // self._per_block * self._num + owners, return_inverse=True)
+        bias = self._bias(len(pairs), row * self._per_block + pages % self._per_block, filled)
+        return pairs // self._num, pairs % self._num, bias, self._num
+
+
+class _Alone:
+    """Blocks with one reader each; `blocks` None reads the pool in place. Those in vain have the reader `num`, whose
+    sums are added up beside those of the others, and forgotten."""
+
+    def __init__(self, data: Tensor, blocks: np.ndarray | None, owners: np.ndarray, bias: np.ndarray, num: int) -> None:
+        self._data = data
+        self._blocks = None if blocks is None else torch.from_numpy(blocks).to(data.device)
+        self.owners = torch.from_numpy(owners).to(data.device)
+        self._queries = torch.from_numpy(np.minimum(owners, num - 1)).to(data.device)
         self._bias = torch.from_numpy(np.repeat(bias, data.shape[3], 0)[:, None]).to(data.device)
 
     def _read(self, layer: int, which: int) -> Tensor:
         pool = self._data[layer, which]
-        return (pool[: self._end] if self._gathered is None else pool.index_select(0, self._gathered)).flatten(0, 1)
+        return (pool[: len(self.owners)] if self._blocks is None else pool.index_select(0, self._blocks)).flatten(0, 1)
 
     def scores(self, layer: int, q: Tensor) -> Tensor:
         keys = self._read(layer, 0)
@@ -111,54 +146,59 @@ class _Alone:
 
 
 class _Shared:
-    """Full pages that each have up to M readers."""
+    """U blocks that each have up to M readers."""
 
-    def __init__(self, data: Tensor, pages: np.ndarray, readers_UM: np.ndarray, num: int) -> None:
+    def __init__(self, data: Tensor, blocks: np.ndarray, readers_UM: np.ndarray, bias_UM: np.ndarray, num: int) -> None:
         self._data = data
-        self._pages = torch.from_numpy(pages).to(data.device)
+        self._blocks = torch.from_numpy(blocks).to(data.device)
         self._shape = readers_UM.shape
         self.owners = torch.from_numpy(readers_UM.reshape(-1)).to(data.device)
         self._queries = torch.from_numpy(np.minimum(readers_UM.reshape(-1), num - 1)).to(data.device)
+        self._bias = torch.from_numpy(bias_UM).to(data.device)
+        """[U, M, tokens]"""
 
     def _read(self, layer: int, which: int) -> Tensor:
-        return self._data[layer, which].index_select(0, self._pages).flatten(0, 1)
+        return self._data[layer, which].index_select(0, self._blocks).flatten(0, 1)
 
     def scores(self, layer: int, q: Tensor) -> Tensor:
-        """[U * G, M * H / G, page]"""
-        (pages, most), (_, heads, width), groups = self._shape, q.shape, self._data.shape[3]
-        queries = q.index_select(0, self._queries).view(pages, most, groups, heads // groups, width).transpose(1, 2)
-        queries = queries.reshape(pages * groups, -1, width) * width**-0.5
-        return torch.bmm(queries, self._read(layer, 0).transpose(1, 2))
+        """[U * G, M * H / G, tokens]"""
+        (blocks, most), (_, heads, width), groups = self._shape, q.shape, self._data.shape[3]
+        queries = q.index_select(0, self._queries).view(blocks, most, groups, heads // groups, width).transpose(1, 2)
+        queries = queries.reshape(blocks * groups, -1, width) * width**-0.5
+        scores = torch.bmm(queries, self._read(layer, 0).transpose(1, 2))
+        scores.view(blocks, groups, most, heads // groups, -1).add_(self._bias[:, None, :, None])
+        return scores
 
     def by_query(self, scores: Tensor) -> Tensor:
         return self._back(scores).flatten(2, 3).flatten(0, 1)
 
     def subtract(self, scores: Tensor, largest: Tensor) -> None:
-        (pages, most), groups = self._shape, self._data.shape[3]
-        by_group = largest.view(pages, most, groups, -1).transpose(1, 2)
-        scores.sub_(by_group.reshape(pages * groups, -1, 1))
+        (blocks, most), groups = self._shape, self._data.shape[3]
+        by_group = largest.view(blocks, most, groups, -1).transpose(1, 2)
+        scores.sub_(by_group.reshape(blocks * groups, -1, 1))
 
     def values(self, layer: int, weights: Tensor) -> Tensor:
         return self._back(torch.bmm(weights, self._read(layer, 1))).flatten(2).flatten(0, 1)
 
     def _back(self, x: Tensor) -> Tensor:
         """[U * G, M * R, n] -> [U, M, G, R, n]"""
-        (pages, most), groups = self._shape, self._data.shape[3]
-        return x.view(pages, groups, most, -1, x.shape[-1]).transpose(1, 2)
+        (blocks, most), groups = self._shape, self._data.shape[3]
+        return x.view(blocks, groups, most, -1, x.shape[-1]).transpose(1, 2)
 
 
-def _shared(data: Tensor, pages: np.ndarray, owners: np.ndarray, readers: np.ndarray, num: int) -> list[_Shared]:
-    order = np.argsort(pages, kind="stable")
-    pages, owners = pages[order], owners[order]
-    each = readers[pages]
+def _shared(data: Tensor, blocks: np.ndarray, owners: np.ndarray, bias: np.ndarray, num: int) -> list[_Shared]:
+    """`blocks` ascend, each as often as it has readers."""
+    each = np.bincount(blocks)[blocks]
     parts = []
-    while len(pages):
+    while len(blocks):
         most = int(each.max())
         mine = each * CLASS_RATIO > most
-        unique, first, counts = np.unique(pages[mine], return_index=True, return_counts=True)
-        of_page = np.full((len(unique), most), num)
-        column = np.arange(mine.sum()) - np.repeat(first, counts)
-        of_page[np.repeat(np.arange(len(unique)), counts), column] = owners[mine]
-        parts.append(_Shared(data, unique, of_page, num))
-        pages, owners, each = pages[~mine], owners[~mine], each[~mine]
+        unique, first, counts = np.unique(blocks[mine], return_index=True, return_counts=True)
+        row, column = np.repeat(np.arange(len(unique)), counts), np.arange(mine.sum()) - np.repeat(first, counts)
+        readers = np.full((len(unique), most), num)
+        readers[row, column] = owners[mine]
+        masks = np.zeros((len(unique), most, bias.shape[1]), np.float32)
+        masks[row, column] = bias[mine]
+        parts.append(_Shared(data, unique, readers, masks, num))
+        blocks, owners, bias, each = blocks[~mine], owners[~mine], bias[~mine], each[~mine]
     return parts

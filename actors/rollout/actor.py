@@ -95,6 +95,8 @@ class Rollout(Worker):
             raise ValueError("tp, ep and sp divide our own engine over ranks; a server has its own settings for that")
         if self.mesh.size > 1 and self.precision.uses_fp8:
             raise ValueError('precision must be "full" on several ranks; leave it out, or set tp, ep and sp to 1')
+        if self.mesh.size > 1 and self.fixed_shapes:
+            raise ValueError("fixed_shapes are of a worker of one rank; leave them out, or set tp, ep and sp to 1")
 
     @property
     def mesh(self) -> Mesh:
@@ -178,5 +180,6 @@ class Rollout(Worker):
 
     @message(concurrent=True, lane=Lane.CONTROL)
     async def stats(self) -> dict[str, Any]:
-        """version, live, waiting, steps, tokens, prefilled_tokens; busy_s: seconds in which there was work to do."""
+        """version, live, waiting, steps, tokens, prefilled_tokens; busy_s: seconds in which there was work to do; on
+        several ranks moved_experts."""
         return self._backend.stats()

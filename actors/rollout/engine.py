@@ -82,7 +82,7 @@ class Engine:
         eos_id: int,
         seed: int,
         chunk_tokens: int = 32,
-        page_tokens: int = 16,
+        page_tokens: int = 4,
         kv_tokens: int | None = None,
         prefill_tokens: int = 512,
         max_waiting: int = 65_536,
@@ -223,13 +223,14 @@ class Engine:
         except (FloatingPointError, ValueError) as error:
             raise type(error)(f"policy version {version}: {error}") from None
 
-    def load(self, prepared: Prepared) -> None:
+    def load(self, prepared: Prepared) -> Any:
         """Swaps the weights, in no time: later tokens are of its version. Live responses go on over their old keys and
-        values."""
+        values. Returns the old weights, if the runner does: see Runner."""
         self._outbox = self.flush()
-        self._runner.load(prepared.weights)
+        old = self._runner.load(prepared.weights)
         self._version = prepared.version
         self._scheduler.forget_computed()
+        return old
 
     def now_in(self, precision: str) -> None:
         """Says, for the record, what precision later tokens are computed in."""
@@ -253,10 +254,14 @@ class Engine:
         if not logits:
             return self.flush()
         temperatures, randoms = self._slots.randomness()
-        truncation = {name: torch.from_numpy(values) for name, values in self._slots.truncation().items()}
         joined = logits[0] if len(logits) == 1 else torch.cat(logits)
-        drawn, drawn_logprobs = sample(joined, torch.from_numpy(temperatures), torch.from_numpy(randoms), **truncation)
-        tokens, logprobs = drawn.numpy(), drawn_logprobs.numpy()
+
+        def beside(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(joined.device, non_blocking=True)
+
+        truncation = {name: beside(values) for name, values in self._slots.truncation().items()}
+        drawn, drawn_logprobs = sample(joined, beside(temperatures), beside(randoms), **truncation)
+        tokens, logprobs = drawn.cpu().numpy(), drawn_logprobs.cpu().numpy()
         if not np.isfinite(logprobs).all():
             kept = self._refuse(~np.isfinite(logprobs))
             tokens, logprobs = tokens[kept], logprobs[kept]

@@ -1,4 +1,11 @@
-"""Which pages of the KV cache are in use, and by how many. Knows nothing of what is in them."""
+"""Which pages of the KV cache are in use, and by how many. Knows nothing of what is in them.
+
+    | page page page page | page page page page | ...       pages are taken and counted one by one,
+    '------- block -------'                                 attention reads whole blocks
+
+A sequence whose pages fill blocks of their own costs least to read. So the page after its last is taken first, then one
+of a block that nobody uses, the lowest: and only when there is none, a page beside somebody else's.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +15,50 @@ import numpy as np
 
 
 class PagePool:
-    """Pages 0..num_pages-1, each with a count of its users. The lowest free page is taken first, which keeps those in
-    use together: attention reads them in the order of the pool."""
+    """Pages 0..num_pages-1, each with a count of its users, in blocks of `pages_per_block`."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, pages_per_block: int = 1) -> None:
         self.num_pages = num_pages
+        self.num_free = num_pages
+        self._per_block = pages_per_block
         self._users = np.zeros(num_pages, np.int32)
-        self._free = list(range(num_pages))
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
+        self._used_in = np.zeros(-(-num_pages // pages_per_block), np.int32)
+        """Pages in use, of each block"""
+        self._empty = list(range(len(self._used_in)))
+        """A heap of blocks that have been empty; some may not be any more"""
 
     @property
     def num_used(self) -> int:
-        return self.num_pages - len(self._free)
+        return self.num_pages - self.num_free
 
-    def take(self, count: int) -> np.ndarray:
-        """`count` free pages, int64 [count], each with one user now. There must be as many."""
-        assert count <= len(self._free), f"{count} pages are wanted, {len(self._free)} are free"
-        pages = np.array([heapq.heappop(self._free) for _ in range(count)], np.int64)
-        self._users[pages] = 1
-        return pages
+    def take(self, count: int, after: int = -1) -> np.ndarray:
+        """`count` free pages, int64 [count], each with one user now: a run that goes on after page `after`.
+
+        There must be as many.
+        """
+        assert count <= self.num_free, f"{count} pages are wanted, {self.num_free} are free"
+        taken = []
+        for _ in range(count):
+            after = self._next(after)
+            self._users[after] = 1
+            self._used_in[after // self._per_block] += 1
+            taken.append(after)
+        self.num_free -= count
+        return np.array(taken, np.int64)
+
+    def take_each(self, after: np.ndarray) -> np.ndarray:
+        """One free page after each of `after`, int64 [n], as `take`."""
+        return np.array([self.take(1, page)[0] for page in after.tolist()], np.int64)
+
+    def _next(self, after: int) -> int:
+        following = after + 1
+        if following % self._per_block and following < self.num_pages and not self._users[following]:
+            return following
+        while self._empty:
+            block = heapq.heappop(self._empty)
+            if not self._used_in[block]:
+                return block * self._per_block
+        return int((self._users == 0).argmax())
 
     def share(self, pages: np.ndarray, times: int = 1) -> None:
         """Counts `times` more users of each of `pages`, which are distinct and in use."""
@@ -41,8 +70,11 @@ class PagePool:
         assert (self._users[pages] > 0).all(), "a free page can't be given back"
         self._users[pages] -= 1
         freed: np.ndarray = pages[self._users[pages] == 0]
-        for page in freed.tolist():
-            heapq.heappush(self._free, page)
+        self.num_free += len(freed)
+        blocks = freed // self._per_block
+        np.subtract.at(self._used_in, blocks, 1)
+        for block in np.unique(blocks[self._used_in[blocks] == 0]).tolist():
+            heapq.heappush(self._empty, block)
         return freed
 
     def users(self, pages: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from itertools import islice
 
 import numpy as np
 
+from ..model.paged import pages_per_block
 from .admission import LiveCap
 from .pages import PagePool
 from .prefix import PrefixCache
@@ -43,7 +44,7 @@ class Scheduler:
         self._slots = slots
         self._size = runner.page_tokens
         self._prefill_tokens = prefill_tokens
-        self._pool = PagePool(runner.num_pages)
+        self._pool = PagePool(runner.num_pages, pages_per_block(runner.page_tokens))
         self._prefix = PrefixCache(self._pool, self._size)
 
     @property
@@ -88,7 +89,7 @@ class Scheduler:
         if not self._has_room(wanted, force=force):
             self._pool.give_back(known)
             return False
-        waiting.pages = np.concatenate([known, self._pool.take(wanted)])
+        waiting.pages = np.concatenate([known, self._pool.take(wanted, known[-1] if len(known) else -1)])
         waiting.num_cached = len(known) * self._size
         waiting.routes = routes
         self.num_prefix_tokens += waiting.num_cached
@@ -130,7 +131,7 @@ class Scheduler:
         if copies:
             self._pool.share(waiting.pages[:num_full], copies)
             if num_full < len(waiting.pages):
-                tables[:copies, -1] = self._pool.take(copies)
+                tables[:copies, -1] = self._pool.take_each(np.full(copies, -1))
                 self._runner.copy_pages(np.full(copies, waiting.pages[-1]), tables[:copies, -1])
         if last:
             waiting.pages = None
@@ -152,7 +153,7 @@ class Scheduler:
             self.cap.preempted(self._slots.num_live)
             full = self._slots.full()
         if len(full):
-            self._slots.add_page(full, self._pool.take(len(full)))
+            self._slots.add_page(full, self._pool.take_each(self._slots.last_pages(full)))
 
     # Pages --------------------------------------------------------------------------------------------------
 

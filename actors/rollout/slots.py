@@ -136,6 +136,10 @@ class Slots:
         live = slice(self.num_live)
         return np.flatnonzero(self._position[live] >= self._num_pages[live] * self._page_tokens)
 
+    def last_pages(self, slots: np.ndarray) -> np.ndarray:
+        """The last page of each of `slots`, int64 [n]."""
+        return np.asarray(self._tables[self._row[slots], self._num_pages[slots] - 1], np.int64)
+
     def add_page(self, slots: np.ndarray, pages: np.ndarray) -> None:
         """Gives each of `slots` one more page."""
         self._tables[self._row[slots], self._num_pages[slots]] = pages

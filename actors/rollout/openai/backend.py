@@ -93,7 +93,7 @@ class OpenAiBackend:
 
     def _write(self, version: int, tensors: Mapping[str, np.ndarray]) -> None:
         """On the weights' thread, while the server generates."""
-        self._weights.write(self._worker.model, tensors)
+        self._weights.write(version, self._worker.model, tensors)
 
     def check(self, request: Request) -> None:
         """Raises ValueError also where the server's log-probabilities would be of another temperature."""
