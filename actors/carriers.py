@@ -26,7 +26,7 @@ def carriers(cluster: ClusterSpec, wanted: str) -> dict[str, str]:
     """
     from .rollout.actor import Rollout
 
-    here = Seat(host="this host")
+    here = Seat(host="this host", address="beside its node's")
     found = {}
     for spec in cluster.actors.values():
         if isinstance(spec.instance, Rollout):

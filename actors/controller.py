@@ -83,7 +83,7 @@ class Controller(Actor):
     algorithm: Algorithm
     evaluation: EvaluationSettings
     carrier: Literal["auto", "ipc", "nccl", "shm", "tree"] = "auto"
-    """What brings weights to rollout; auto: the best for each worker. The tree needs nodes with transport = "tcp"."""
+    """What brings weights to rollout; auto: the best for each worker."""
 
     live = ("rl.max_staleness", "rl.alpha", "rl.temperature", "rl.learning_rate")
 

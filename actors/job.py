@@ -2,8 +2,7 @@
 
     cluster.toml, --set --> load_job --> Job --> to_toml --> config.toml --> load_job --> an equal Job
 
-Checks what no single table can know: whether the tables fit each other, and whether the stream can flow. Builds actors
-but starts none; imports no torch.
+What no single table can know is checked by job_checks.py. Builds actors but starts none; imports no torch.
 """
 
 from __future__ import annotations
@@ -16,17 +15,15 @@ from typing import Any
 from ..runtime import Actor, toml
 from ..runtime.cluster import ROOT, ClusterSpec, build, load_cluster, to_table, with_actors
 from ..runtime.gang import with_ranks
-from ..runtime.pool import SamplePool
 from ..runtime.rundir import RunDirectory, RunSpec, write_atomically
 from ..runtime.toml import ConfigError, Document
 from .algorithms import Algorithm
-from .algorithms.load import load_algorithm, make_algorithm, needs_critic
+from .algorithms.load import load_algorithm, make_algorithm
 from .carriers import carriers, described
 from .data import TASKS, RunningSum, Task
 from .evaluator.settings import EvaluationSettings
+from .job_checks import check_job, named_carrier
 from .model.config import ModelConfig
-from .rollout import Rollout
-from .stream.policy import stream_policy
 from .trainer.settings import CriticSettings, RlSettings, SftSettings
 
 TABLES = {
@@ -40,12 +37,6 @@ TABLES = {
 }
 """The dataclass of each; that of `[algorithm]` is a base, the algorithm itself is named in `[rl]`, and `[task]` is of
 another class where its `kind` says so."""
-
-ROLES = ("controller", "rollout", "verifier", "reward", "pool", "trainer", "evaluator")
-"""Actors that the controller asks for by name."""
-
-SEVERAL = ("rollout",)
-"""Roles of which there may be several."""
 
 LAYOUT = ("nodes", "groups", "actors")
 """Tables that a resumed run may change: where its actors live and how they do their work, not what is learned."""
@@ -85,7 +76,7 @@ class Job:
             f"run {self.run.path}, seed {self.run.seed}: {self.sft.steps} SFT steps, then {self.rl.steps} "
             f"RL steps of {self.rl.algorithm} on {self.rl.groups_per_step} groups of {self.rl.group_size}",
             *(f"  node {node:<{width}}  {actors or '(nothing, not started)'}" for node, actors in homes.items()),
-            *described(carriers(self.cluster, _carrier(self.cluster))),
+            *described(carriers(self.cluster, named_carrier(self.cluster))),
         ]
         return "\n".join(lines)
 
@@ -149,39 +140,8 @@ def _job(document: Document, actors: Mapping[str, Actor | type[Actor]] | None = 
     classes = {**TABLES, "algorithm": chosen, "task": _task_class(document)}
     cluster, tables = load_cluster(document, classes)
     job = Job(cluster=with_actors(cluster, actors or {}, tables, document), **tables)
-    _check_roles(document, job)
-    _check_task(document, job)
-    _check_algorithm(document, job)
-    _check_lengths(document, job)
-    _check_ranks(document, job)
-    _check_stream(document, job)
-    _check_weights(document, job)
-    _check_carrier(document, job)
+    check_job(document, job)
     return job
-
-
-def _carrier(cluster: ClusterSpec) -> str:
-    """The one that is named for weights, or "auto"."""
-    return str(getattr(cluster.actors["controller"].instance, "carrier", "auto"))
-
-
-def _check_carrier(document: Document, job: Job) -> None:
-    try:
-        carriers(job.cluster, _carrier(job.cluster))
-    except ValueError as error:
-        raise document.error(("actors", "controller", "carrier"), str(error)) from None
-
-
-def _check_roles(document: Document, job: Job) -> None:
-    for role in ROLES:
-        if role not in job.cluster.actors:
-            hint = toml.nearest(role, set(job.cluster.actors) - set(ROLES))
-            raise document.error(("actors", role), f"missing; the controller needs an actor of this name{hint}")
-        if role not in SEVERAL and (count := job.cluster.actors[role].count) > 1:
-            raise document.error(
-                ("actors", role, "count"),
-                f"must be 1, got {count}: the controller asks one {role}; only {', '.join(SEVERAL)} may be several",
-            )
 
 
 def _algorithm(document: Document) -> type[Algorithm]:
@@ -203,31 +163,6 @@ def _own_algorithm(document: Document, algorithm: Any) -> type[Algorithm]:
     return made
 
 
-def _check_algorithm(document: Document, job: Job) -> None:
-    """What the algorithm compares and asks for must be there."""
-    rl, least = job.rl, job.algorithm.least_group
-    if rl.min_group_size < least:
-        raise document.error(
-            ("rl", "min_group_size"),
-            f"must be at least {least} for {rl.algorithm}, which compares the responses to a prompt, "
-            f"got {rl.min_group_size}",
-        )
-    if not needs_critic(job.algorithm):
-        return
-    if "critic" not in job.cluster.actors:
-        raise document.error(
-            ("actors", "critic"),
-            f"missing; {rl.algorithm} needs a critic: add [actors.critic] with "
-            'class = "headrace.actors.trainer:Critic"',
-        )
-    if job.critic.mini_batches > rl.groups_per_step:
-        raise document.error(
-            ("critic", "mini_batches"),
-            f"must be at most [rl] groups_per_step ({rl.groups_per_step}), got {job.critic.mini_batches}; an update "
-            "needs a group",
-        )
-
-
 def _task_class(document: Document) -> type:
     table = document.table.get("task", {})
     kind = table.get("kind", "running_sum") if isinstance(table, dict) else "running_sum"
@@ -235,73 +170,6 @@ def _task_class(document: Document) -> type:
         hint = toml.nearest(str(kind), TASKS, otherwise=f"; known are {', '.join(TASKS)}")
         raise document.error(("task", "kind"), f"there is no task {toml.dump_value(kind)}{hint}")
     return TASKS[kind]
-
-
-def _check_task(document: Document, job: Job) -> None:
-    try:
-        job.task.check(job.rl.max_new_tokens)
-    except ValueError as error:
-        raise document.error(("task",), str(error)) from None
-
-
-def _check_lengths(document: Document, job: Job) -> None:
-    """What is generated must fit the model's positions."""
-    if job.model.vocab_size < job.task.vocab_size:
-        raise document.error(
-            ("model", "vocab_size"),
-            f"must be at least {job.task.vocab_size}, the tokens of the task, got {job.model.vocab_size}",
-        )
-    longest, positions = job.task.max_prompt_tokens + job.rl.max_new_tokens, job.model.max_positions
-    if longest > positions:
-        raise document.error(
-            ("rl", "max_new_tokens"),
-            f"prompts of {job.task.max_prompt_tokens} and responses of {job.rl.max_new_tokens} tokens don't fit into "
-            f"[model] max_positions = {positions}; set that to {longest} or more, or this to "
-            f"{positions - job.task.max_prompt_tokens} or less",
-        )
-
-
-def _check_ranks(document: Document, job: Job) -> None:
-    """A rollout worker has as many ranks as it divides its model into."""
-    for name, spec in job.cluster.actors.items():
-        if isinstance(spec.instance, Rollout) and spec.ranks != spec.instance.mesh.size:
-            mesh = spec.instance.mesh
-            raise document.error(
-                ("actors", name, "ranks"),
-                f"must be tp * ep * sp = {mesh.tp} * {mesh.ep} * {mesh.sp}, got {spec.ranks}; set it to {mesh.size}",
-            )
-
-
-def _check_weights(document: Document, job: Job) -> None:
-    """Weights as FP8 are for engines of ours that take whole tensors."""
-    trainer, rollout = (job.cluster.actors[role] for role in ("trainer", "rollout"))
-    if not getattr(trainer.instance, "publish_fp8", False):
-        return
-    engine = getattr(rollout.instance, "engine", "headrace")
-    if rollout.ranks > 1 or engine != "headrace":
-        raise document.error(
-            ("actors", "trainer", "publish_fp8"),
-            f"rollout has ranks = {rollout.ranks} and engine = {engine!r}, and FP8 comes only to workers of one rank "
-            'with engine = "headrace"; set one or the other',
-        )
-
-
-def _check_stream(document: Document, job: Job) -> None:
-    """A batch, and all groups that the staleness bound lets in, must fit the pool: else the stream stands still."""
-    rl = job.rl
-    if rl.min_group_size > rl.group_size:
-        raise document.error(
-            ("rl", "min_group_size"), f"must be at most group_size ({rl.group_size}), got {rl.min_group_size}"
-        )
-    places = stream_policy(rl).places
-    for name, spec in job.cluster.actors.items():
-        if isinstance(spec.instance, SamplePool) and spec.instance.capacity < places:
-            raise document.error(
-                ("actors", name, "capacity"),
-                f"with [rl] groups_per_step = {rl.groups_per_step} and max_staleness = {rl.max_staleness} there are up "
-                f"to {places} groups in the system, and a pool of {spec.instance.capacity} could fill up with groups "
-                f"that must wait for older ones; set capacity to {places} or more, or lower max_staleness",
-            )
 
 
 def _refuse_changes(old: Job, new: Job, run: RunDirectory) -> None:

@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .interrupts import uninterrupted
+
 COMMANDS = {
     "launch": ("headrace.cli", "launch_main", "run a cluster file"),
     "attach": ("headrace.attach", "attach_main", "look into a running job"),
@@ -29,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     module, function, _ = COMMANDS[command]
     try:
-        return int(getattr(importlib.import_module(module), function)(rest))
+        with uninterrupted():
+            door = getattr(importlib.import_module(module), function)
+        return int(door(rest))
     except KeyboardInterrupt:
         return 130
 

@@ -6,6 +6,7 @@ Exit codes: 0; 1 the code raised, or the run ended meanwhile; 2 there is no such
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import socket
@@ -82,6 +83,7 @@ def is_living(run: Path) -> bool:
 
 
 def _attach(run: Path, code: str | None) -> int:
+    gc.disable()  # Nothing of what is imported here is garbage, and looking for it takes a tenth of the time.
     from .attach_shell import Shell
 
     if is_living(run):
@@ -101,6 +103,8 @@ def _attach(run: Path, code: str | None) -> int:
             return 0 if shell.run(sys.stdin.read()) else 1
         from .attach_console import converse
 
+        gc.freeze()
+        gc.enable()
         converse(shell, greeting)
         return 0
     finally:

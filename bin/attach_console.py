@@ -10,16 +10,16 @@ import ast
 import codeop
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, ThreadedCompleter
 from prompt_toolkit.document import Document
+from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.lexers import PygmentsLexer
-from pygments.lexers.python import PythonLexer
+from prompt_toolkit.lexers import Lexer, PygmentsLexer, SimpleLexer
 
 from .attach_complete import complete
 from .attach_shell import Shell
@@ -29,7 +29,7 @@ def converse(shell: Shell, greeting: str) -> None:
     """Until the user goes. Raises AttachError when the run has ended."""
     print(greeting)
     session: PromptSession[str] = PromptSession(
-        history=_history(), lexer=PygmentsLexer(PythonLexer), completer=ThreadedCompleter(_Completer(shell)),
+        history=_history(), lexer=_Colours(), completer=ThreadedCompleter(_Completer(shell)),
         multiline=True, key_bindings=_keys(), prompt_continuation=lambda width, line, wrapped: "." * (width - 1) + " ",
         complete_while_typing=False,
     )  # fmt: skip
@@ -45,6 +45,24 @@ def converse(shell: Shell, greeting: str) -> None:
             if not shell.entered or shell.helpers is None:
                 return
             shell.helpers.leave()
+
+
+class _Colours(Lexer):
+    """Those of Python, loaded with the first character that is typed: the prompt is there the sooner."""
+
+    def __init__(self) -> None:
+        self._lexer: Lexer = SimpleLexer()
+        self._loaded = False
+
+    def lex_document(self, document: Document) -> Callable[[int], StyleAndTextTuples]:
+        if document.text and not self._loaded:
+            from pygments.lexers.python import PythonLexer
+
+            self._lexer, self._loaded = PygmentsLexer(PythonLexer), True
+        return self._lexer.lex_document(document)
+
+    def invalidation_hash(self) -> Hashable:
+        return self._loaded
 
 
 class _Completer(Completer):

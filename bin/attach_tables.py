@@ -90,10 +90,15 @@ def process_rows(rows: Sequence[Row]) -> Rows:
 
 
 def wait_rows(rows: Sequence[Row]) -> Rows:
-    """For waits(), those that wait longest first."""
-    rows = sorted(rows, key=lambda r: -(r.get("waited_s") or 0.0))
-    return Rows(rows, {
-        "who": lambda r: r.get("owner") or f"node {r['node']}", "waits for": _whom,
+    """For waits(), those that wait longest first; tasks without a name that wait for the same are one row."""
+    alike: dict[tuple[str, ...], list[Row]] = {}
+    for row in sorted(rows, key=lambda r: -(r.get("waited_s") or 0.0)):
+        owner = str(row.get("owner") or "")
+        kind = "" if owner.startswith("Task-") else owner
+        alike.setdefault((row["node"], kind, _whom(row), str(row.get("why"))), []).append(row)
+    folded = [{**same[0], "count": len(same), "owner": key[1]} for key, same in alike.items()]
+    return Rows(folded, {
+        "who": lambda r: r["owner"] or _nameless(r), "waits for": _whom,
         "since": lambda r: _seconds(r.get("waited_s")), "until": lambda r: _seconds(r.get("left_s")),
         "why": lambda r: r.get("why") or r.get("unanswered", ""),
     }, "nobody waits")  # fmt: skip
@@ -146,6 +151,12 @@ def clock(seconds: float | None) -> str:
     return (
         "" if seconds is None else time.strftime("%H:%M:%S", time.localtime(seconds)) + f".{int(seconds % 1 * 1000):03}"
     )
+
+
+def _nameless(row: Row) -> str:
+    if "target" not in row:
+        return f"node {row['node']}"
+    return f"{row['count']} tasks" if row["count"] > 1 else "a task"
 
 
 def _whom(row: Row) -> str:

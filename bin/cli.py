@@ -11,11 +11,11 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .following import Following
+from .interrupts import uninterrupted
 from .runtime.errors import RemoteError, RuntimeFault
 from .runtime.toml import ConfigError
 
@@ -49,6 +49,7 @@ def launch_main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--check", action="store_true", help="validate everything, start nothing")
     parser.add_argument("--resume", action="store_true", help="go on with the run from its last checkpoint")
+    parser.add_argument("--attach", action="store_true", help="a prompt into the run, which goes on without it")
     parser.add_argument("--plain", action="store_true", help="one line per step, also on a terminal")
     options = parser.parse_args(arguments)
     # Until the run has handlers of its own.
@@ -68,15 +69,19 @@ def launch_main(arguments: Sequence[str]) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    with _uninterrupted():  # Classes of the file's actors are imported, too.
+    with uninterrupted():  # Classes of the file's actors are imported, too.
         from .actors.job import load_job
 
         job = load_job(options.cluster, options.set)
     if options.check:
         print(job.describe())
         return 0
+    if options.attach:
+        from .attached import launch_attached
+
+        return launch_attached(job.run.path, _without_attach(options))
     with job.open_run(resume=options.resume) as run:
-        with _uninterrupted():
+        with uninterrupted():
             import uvloop
 
             from .runtime.process import GC_THRESHOLD
@@ -86,14 +91,10 @@ def _launch(options: argparse.Namespace) -> int:
         return uvloop.run(_Launch(job, run, plain=options.plain or not sys.stdout.isatty()).run())
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Holds back Ctrl-C while compiled modules are loaded, some of which crash if it strikes inside."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _without_attach(options: argparse.Namespace) -> list[str]:
+    """The arguments again."""
+    settings = [argument for setting in options.set for argument in ("--set", setting)]
+    return [options.cluster, *settings, *(["--resume"] if options.resume else [])]
 
 
 class _Launch:

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import queue
 import random
 import socket
 import stat
@@ -110,17 +111,27 @@ async def test_at_the_prompt(tmp_path):
 async def test_what_is_evaluated_inside_an_actor_comes_between_two_messages(tmp_path):
     async with running(tmp_path, ("subject", Subject(), "one")) as (system, link):
         subject = system.find("subject")
-        calls = [asyncio.create_task(subject.add()) for _ in range(300)]
-        for _ in range(30):
+        calls = [asyncio.create_task(subject.add()) for _ in range(150)]
+        for _ in range(20):
             source = "n = self.count\nawait asyncio.sleep(0)\nself.count = n + 1"
             assert (await asyncio.to_thread(link.ask, "evaluate", actor="subject", source=source))[0] == "value"
         await asyncio.gather(*calls)
-        assert await subject.add() == 331
+        assert await subject.add() == 171
 
         napping = asyncio.create_task(subject.nap(0.3))
         await until(lambda: link.ask("tree")["actors"][0]["running"] == ["nap"])
         evaluated = await asyncio.to_thread(link.ask, "evaluate", actor="subject", source="'after the nap'")
         assert napping.done() and evaluated == ["value", "'after the nap'"]
+
+
+def interrupted(link, actor, source):
+    """What came of code that was cancelled as soon as it ran. Not on the root's loop, which may be held up by it."""
+    ended: queue.SimpleQueue = queue.SimpleQueue()
+    asked = link.start("evaluate", lambda kind, value: ended.put(value), {"actor": actor, "source": source})
+    while ended.empty() and not any(row["name"] == actor and row["running"] for row in link.ask("tree")["actors"]):
+        time.sleep(0.01)
+    link.cancel(asked)
+    return ended.get(timeout=30)
 
 
 async def test_an_endless_loop_is_ended_and_the_actor_lives_on(tmp_path):
@@ -130,14 +141,9 @@ async def test_an_endless_loop_is_ended_and_the_actor_lives_on(tmp_path):
         for name in ("subject", "computer", "here"):
             nap_s = 0.05 if name == "computer" else 30  # Outside of the main thread, C code runs to its end.
             for source in ("while True: pass", f"import time\nwhile True: time.sleep({nap_s})"):
-                ended: list[object] = []
-                asked = link.start(
-                    "evaluate", lambda kind, value, ended=ended: ended.append(value), {"actor": name, "source": source}
-                )
-                await asyncio.sleep(0.1)
-                await asyncio.to_thread(link.cancel, asked)
-                await until(lambda ended=ended: ended)
-                assert isinstance(ended[0], KeyboardInterrupt)
+                ended = await asyncio.to_thread(interrupted, link, name, source)
+                late = isinstance(ended, list) and "it held up the loop" in ended[1]
+                assert isinstance(ended, KeyboardInterrupt) or (late and name != "computer")
                 assert await system.find(name).add() > 0
         told = await asyncio.gather(
             asyncio.to_thread(link.ask, "evaluate", actor="subject", source="while True: pass"),
@@ -153,7 +159,7 @@ async def test_an_endless_loop_is_ended_and_the_actor_lives_on(tmp_path):
 async def test_a_blocked_loop_and_a_blocked_root_are_looked_into(tmp_path):
     spec = {"one": NodeSpec(name="one", hang_s=None)}
     async with running(tmp_path, ("stuck", Stuck(), "one"), ("here", Stuck(), "root"), nodes=spec) as (system, link):
-        working = asyncio.create_task(system.find("stuck").synchronous_work(1.5))
+        working = asyncio.create_task(system.find("stuck").synchronous_work(0.8))
         await until(lambda: link.ask("peek", actor="stuck", path="where") == "'inside'")
         stack = await asyncio.to_thread(link.ask, "stack", name="stuck")
         assert "in synchronous_work" in stack and not working.done()
@@ -169,7 +175,7 @@ async def test_a_blocked_loop_and_a_blocked_root_are_looked_into(tmp_path):
 
         looking = threading.Thread(target=look)
         looking.start()
-        await system.find("here").synchronous_work(1.5)
+        await system.find("here").synchronous_work(0.8)
         assert seen["peek"] == "'inside'" and "where" in seen["names"]
         await asyncio.to_thread(looking.join)
 

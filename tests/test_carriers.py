@@ -17,9 +17,11 @@ CLUSTER = Path(__file__).parent.parent / "cluster.toml"
 def test_check_names_the_carrier_of_each_worker():
     lines = load_job(CLUSTER).describe().splitlines()
     assert "  weights trainer -> rollout: shm, the memory of this host" in lines
+    lines = load_job(CLUSTER, ["actors.controller.carrier=tree"]).describe().splitlines()
+    assert "  weights trainer -> rollout: tree, ZeroMQ, from member to member" in lines
 
 
-@pytest.mark.parametrize("carrier", ("nccl", "ipc", "tree"))
+@pytest.mark.parametrize("carrier", ("nccl", "ipc"))
 def test_a_carrier_that_can_not_serve_is_refused_before_anything_is_started(carrier: str):
     with pytest.raises(ConfigError, match=rf"carrier.*'{carrier}' does not serve .*possible: shm"):
         load_job(CLUSTER, [f"actors.controller.carrier={carrier}"])

@@ -57,7 +57,6 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-
 async def test_four_actors_of_ones_own_come_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the loop that pytest-asyncio runs, as a notebook runs one."""
     folder = tempfile.mkdtemp(prefix="hr-")

@@ -169,3 +169,14 @@ def test_weights_that_are_no_numbers_are_not_published_and_end_the_run_with_the_
     assert len(job.errors.splitlines()) == 3 and "Traceback" not in job.output
     assert job.left_behind() == [] and job.summary["reason"] in reason
     assert max(row["version"] for row in job.rows()) <= 4
+
+
+@pytest.mark.slow
+def test_weights_may_go_by_the_tree_and_whoever_comes_back_fetches_them_anew(tmp_path: Path) -> None:
+    with launch(tmp_path, {"rl.steps": 30, "actors.controller.carrier": "tree"}) as job:
+        job.wait_for_step(3)
+        job.kill("rollout")
+        job.wait_for_event("answers_continued")
+        job.wait_for_step(len(job.rows()) + 3)
+        job.kill("trainer")
+        ended_well(job, 30, "rollout", "trainer")

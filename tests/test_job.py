@@ -9,7 +9,8 @@ from pathlib import Path
 import orjson
 import pytest
 
-from headrace.actors.job import ROLES, TABLES, Job, load_job
+from headrace.actors.job import TABLES, Job, load_job
+from headrace.actors.job_checks import ROLES
 from headrace.runtime.rundir import RunDirectory
 from headrace.runtime.toml import ConfigError
 

@@ -6,6 +6,7 @@ What it must give is what our engine gives: greedy tokens and their log-probabil
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -271,6 +272,7 @@ async def test_new_weights_interrupt_answers_which_go_on_with_them(
         answers = await work
     assert server.log().get("while paused", 0) == paused, "nothing is asked of a server while its weights change"
     assert server.log()["version"] == "2"
+    assert os.listdir(tmp_path / "r/weights/rollout") == ["2"], "older versions are removed"
     crossed = 0
     for ordinal, trajectories in answers.items():
         for trajectory in trajectories:

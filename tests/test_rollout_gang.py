@@ -58,7 +58,7 @@ def expected(seed: int) -> list[Group]:
     """What an engine of one rank answers."""
     engine = Engine(
         MODEL, weights(seed), version=1, num_slots=8, max_prompt_tokens=TASK.max_prompt_tokens,
-        max_new_tokens=RL.max_new_tokens, eos_id=TASK.eos_id, seed=7,
+        max_new_tokens=RL.max_new_tokens, eos_id=TASK.eos_id, seed=7, routes=True,
     )  # fmt: skip
     asked = groups()
     for key, group in enumerate(asked):
@@ -87,6 +87,14 @@ def assert_same(given: list[Group], wanted: list[Group]) -> None:
             np.testing.assert_allclose(mine.logprobs(), other.logprobs(), atol=1e-4)
 
 
+def assert_same_routes(given: list[Group], wanted: list[Group]) -> None:
+    for ours, theirs in zip(given, wanted, strict=True):
+        for mine, other in zip(ours.trajectories, theirs.trajectories, strict=True):
+            routes = mine.routes(len(ours.prompt.tokens))
+            assert routes is not None
+            np.testing.assert_array_equal(routes, other.routes(len(ours.prompt.tokens)))
+
+
 @asynccontextmanager
 async def ranks(tmp_path: Path, **sizes: int) -> AsyncIterator[tuple[System, Ref, Publisher]]:
     run = RunSpec(name="r", directory=str(tmp_path), seed=7)
@@ -103,9 +111,11 @@ async def ranks(tmp_path: Path, **sizes: int) -> AsyncIterator[tuple[System, Ref
 
 
 async def test_ranks_answer_as_one_and_take_new_weights(tmp_path: Path) -> None:
-    async with ranks(tmp_path, sp=2) as (system, rollout, publisher):
+    async with ranks(tmp_path, sp=2, routes=True) as (system, rollout, publisher):
         await rollout.load(publisher.publish(1, weights(1)))
-        assert_same(await write(rollout, groups()), expected(1))
+        answers = await write(rollout, groups())
+        assert_same(answers, expected(1))
+        assert_same_routes(answers, expected(1))
         other = {name: array for name, array in weights(2).items() if "norm" not in name}
         with pytest.raises(RemoteError, match=r"weights are of another model"):
             await rollout.load(publisher.publish(2, other))

@@ -156,6 +156,8 @@ def test_weights_of_another_model_or_not_finite_are_refused() -> None:
         (["sp=2", "ranks=2", "spare_experts=1"], r"spare_experts: are replicas on other ranks, so they need ep > 1"),
         (["ep=2", "ranks=2", "spare_experts=5"], r"spare_experts: must be at most 4"),
         (["ep=2", "ranks=2", 'precision.decode="fp8"'], r'precision must be "full" on several ranks'),
+        (["ep=2", "ranks=2", "fixed_shapes=true"], r"fixed_shapes: are of a worker of one rank"),
+        (["ep=2", "ranks=2", 'engine="openai"', 'base_url="http://127.0.0.1:1"'], r"divide our own engine over ranks"),
     ],
 )
 def test_ranks_that_do_not_fit_the_model_are_refused_with_the_configuration(settings: list[str], error: str) -> None:

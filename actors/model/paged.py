@@ -55,10 +55,11 @@ class PagedCache:
         Queries and keys are normalized, so |q| <= sqrt(D) max |norm's weight|, and likewise |k|, old ones included.
         """
         heads, width = self.config.num_heads, self.config.head_dim
-        for index, layer in enumerate(layers):
-            norms = layer.qk_norm.abs().amax(-1)
-            self._key_norms[index] = max(self._key_norms[index], float(norms[heads:].max()))
-            self._score_bounds[index] = width**0.5 * float(norms[:heads].max()) * self._key_norms[index]
+        norms = torch.stack([layer.qk_norm for layer in layers]).abs().amax(-1)
+        queries, keys = norms[:, :heads].amax(1).tolist(), norms[:, heads:].amax(1).tolist()
+        for index, (query, key) in enumerate(zip(queries, keys, strict=True)):
+            self._key_norms[index] = max(self._key_norms[index], key)
+            self._score_bounds[index] = width**0.5 * query * self._key_norms[index]
 
     def copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copies pages `sources` (int64 [n]) to `targets`, of which none is among `sources`."""

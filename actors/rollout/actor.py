@@ -26,7 +26,7 @@ from ..data.task import Task
 from ..model.config import ModelConfig
 from ..trainer.settings import RlSettings
 from .backend import Backend
-from .openai.settings import ServerSettings, check_base_url
+from .openai.settings import ServerSettings, addresses
 from .parallel.mesh import Mesh
 from .precision import Precision
 from .requests import Chunk, Request
@@ -76,12 +76,12 @@ class Rollout(Worker):
     engine: Literal["headrace", "openai"] = "headrace"
     """"openai": a server at `base_url` generates, as `server` says."""
     base_url: str = ""
-    """Of the server, such as http://127.0.0.1:8000."""
+    """Of the server, such as http://127.0.0.1:8000; for several workers one for each, separated by commas."""
     server: ServerSettings = field(default_factory=ServerSettings)
 
     def __post_init__(self) -> None:
         if self.engine == "openai":
-            check_base_url(self.base_url)
+            addresses(self.base_url)
             if self.server.logprobs == "raw" and self.rl.temperature != 1.0:
                 raise ValueError(
                     f"the server's log-probabilities are those of temperature 1, and [rl] temperature is "
@@ -96,6 +96,8 @@ class Rollout(Worker):
             raise ValueError("tp, ep and sp divide our own engine over ranks; a server has its own settings for that")
         if self.mesh.size > 1 and self.precision.uses_fp8:
             raise ValueError('precision must be "full" on several ranks; leave it out, or set tp, ep and sp to 1')
+        if self.mesh.size > 1 and self.fixed_shapes:
+            raise ValueError("fixed_shapes are of a worker of one rank; leave them out, or set tp, ep and sp to 1")
 
     @property
     def mesh(self) -> Mesh:
@@ -179,5 +181,6 @@ class Rollout(Worker):
 
     @message(concurrent=True, lane=Lane.CONTROL)
     async def stats(self) -> dict[str, Any]:
-        """version, live, waiting, steps, tokens, prefilled_tokens; busy_s: seconds in which there was work to do."""
+        """version, live, waiting, steps, tokens, prefilled_tokens; busy_s: seconds in which there was work to do; on
+        several ranks moved_experts."""
         return self._backend.stats()

@@ -223,13 +223,14 @@ class Engine:
         except (FloatingPointError, ValueError) as error:
             raise type(error)(f"policy version {version}: {error}") from None
 
-    def load(self, prepared: Prepared) -> None:
+    def load(self, prepared: Prepared) -> Any:
         """Swaps the weights, in no time: later tokens are of its version. Live responses go on over their old keys and
-        values."""
+        values. Returns the old weights, if the runner does: see Runner."""
         self._outbox = self.flush()
-        self._runner.load(prepared.weights)
+        old = self._runner.load(prepared.weights)
         self._version = prepared.version
         self._scheduler.forget_computed()
+        return old
 
     def now_in(self, precision: str) -> None:
         """Says, for the record, what precision later tokens are computed in."""

@@ -69,7 +69,8 @@ class LocalBackend:
 
     async def load(self, manifest: Manifest, route: Route | None = None) -> None:
         weights = await self._receive(manifest, route)
-        await self._worker.in_thread(self._load, manifest.version, weights)
+        old = [await self._worker.in_thread(self._load, manifest.version, weights)]
+        await asyncio.to_thread(old.clear)  # Frees it beside generation.
 
     async def _receive(self, manifest: Manifest, route: Route | None) -> Weights:
         """A version as `_load` takes it, received and prepared beside generation."""
@@ -200,14 +201,16 @@ class LocalBackend:
         _import_torch()
         return self._engine.prepare(version, tensors)
 
-    def _load(self, version: int, weights: Weights) -> None:
-        """On the actor's thread, hence between two turns."""
+    def _load(self, version: int, weights: Weights) -> Any:
+        """On the actor's thread, hence between two turns. Returns the old weights."""
         from .engine import Engine, Prepared
 
         if self._engine is not None:
-            self._engine.load(weights if isinstance(weights, Prepared) else self._engine.prepare(version, weights))
+            old = self._engine.load(
+                weights if isinstance(weights, Prepared) else self._engine.prepare(version, weights)
+            )
             self._stats = {**self._stats, "version": version}
-            return
+            return old
         assert not isinstance(weights, Prepared)
         worker, runner = self._worker, self._make_runner()
         self._engine = Engine(
@@ -218,6 +221,7 @@ class LocalBackend:
             fixed_shapes=worker.fixed_shapes, worker=worker.name,
             precision=self._schedule.describe() if self._watch else "float32",
         )  # fmt: skip
+        return None
 
 
 def _share_empty(held: int, room: int) -> float:

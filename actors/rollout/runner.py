@@ -78,8 +78,9 @@ class Runner(Protocol):
         Raises ValueError for names or shapes of another model, FloatingPointError for numbers that are not finite.
         """
 
-    def load(self, weights: Any) -> None:
-        """Takes what `prepare` gave, in no time; pages stay as they are."""
+    def load(self, weights: Any) -> Any:
+        """Takes what `prepare` gave, in no time; pages stay as they are. Returns what it had: giving back the memory of
+        a large model takes tens of milliseconds, and the caller's thread may have better things to do."""
 
     def run(self, batch: Batch) -> Forward:
         """Computes the tokens, and keeps their keys and values in the pages of their sequences."""

@@ -43,9 +43,10 @@ class ScheduledRunner(SingleRunner):
         layers = tuple(to_fp8(layer, fp8_inputs=fp8_inputs) for layer in full.layers)
         return {"full": full, "fp8": full._replace(layers=layers)}
 
-    def load(self, weights: dict[Kind, DecoderWeights]) -> None:  # type: ignore[override]
-        super().load(weights["full"])
+    def load(self, weights: dict[Kind, DecoderWeights]) -> Any:  # type: ignore[override]
+        old = getattr(self, "_forms", None), super().load(weights["full"])
         self._forms = weights
+        return old
 
     def run(self, batch: Batch) -> Forward:
         self._weights = self._forms[self._schedule.of("decode" if batch.num_decode else "prefill")]

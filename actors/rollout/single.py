@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +46,10 @@ class SingleRunner:
         check_weights(self.config, tensors)
         return fuse_weights(self.config, tensors, self._device)
 
-    def load(self, weights: DecoderWeights) -> None:
-        self._weights = weights
+    def load(self, weights: DecoderWeights) -> Any:
+        old, self._weights = getattr(self, "_weights", None), weights
         self._cache.expect(weights.layers)
+        return old
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Forward:

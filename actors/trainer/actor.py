@@ -50,13 +50,16 @@ class Trainer(Worker):
     rl: RlSettings
     keep_checkpoints: Annotated[int, Ge(1)] = 2
     """Newest checkpoints that are kept."""
+    snapshots_gib: Annotated[float, Ge(0)] = 0.0
+    """Memory for published versions before the newest that somebody still needs; 0: as much as one of them takes. What
+    would take more is refused."""
     publish_fp8: bool = False
     """Whether matrices travel to rollout as FP8, a quarter of their bytes; it generates with what arrives. Router,
     norms, embedding and head travel as they are."""
 
     async def start(self) -> None:
         """Loads the newest checkpoint. Raises ValueError or FileNotFoundError, saying what to do, if it is damaged."""
-        self._publisher = Publisher("policy")
+        self._publisher = Publisher("policy", budget_bytes=int(self.snapshots_gib * 2**30) or None)
         address, keys = place_of(self)
         if address:
             self._publisher.serve(address, keys)

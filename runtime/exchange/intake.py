@@ -22,6 +22,7 @@ import numpy as np
 from ..curve import Keys
 from ..errors import BadWeights, TransferFailed
 from ..thread import WorkThread
+from ..transport import MAX_IPC_PATH_BYTES
 from ..zmq_transport import ZmqTransport
 from .carrier import Sink
 from .fp8 import restore
@@ -149,15 +150,19 @@ def _collective(sink: Sink) -> bool:
 
 
 def place_of(actor: Actor) -> tuple[str, Keys | None]:
-    """Where the tree may serve from an actor's process, and the keys to that; "" if its node is not on tcp."""
+    """Where the tree may serve from an actor's process, beside its node's own address, and the keys to that. "" outside
+    a system, or where there is no such place."""
     transport = actor._node.transport if actor._node is not None else None
-    if not isinstance(transport, ZmqTransport) or not transport.address.startswith("tcp://"):
+    if not isinstance(transport, ZmqTransport):
         return "", None
-    return transport.address.rpartition(":")[0] + ":0", transport.keys
+    if transport.address.startswith("tcp://"):
+        return transport.address.rpartition(":")[0] + ":0", transport.keys
+    address = f"{transport.address}.{actor.name.replace('/', '-')}"
+    return (address, None) if len(address) < MAX_IPC_PATH_BYTES else ("", None)
 
 
 def tree_sinks(actor: Actor) -> dict[str, Sink]:
-    """A sink of the tree for an actor whose node is on tcp; none for others, whom nobody on another host needs."""
+    """A sink of the tree for an actor that others can fetch from."""
     address, keys = place_of(actor)
     return {"tree": TreeSink(address, keys=keys)} if address else {}
 

@@ -17,7 +17,7 @@ class TimedRollout(Rollout):
 
     async def start(self) -> None:
         self.ends: list[float] = []
-        self.swaps: list[float] = []
+        self.swaps: list[tuple[float, float]] = []
         self.failed = 0
         self.watched: object = None
         await super().start()
@@ -38,14 +38,16 @@ class TimedRollout(Rollout):
             finally:
                 self.ends.append(time.perf_counter())
 
-        def timed_load(prepared: Any) -> None:
-            began = time.perf_counter()
-            load(prepared)
-            self.swaps.append(time.perf_counter() - began)
+        def timed_load(prepared: Any) -> Any:
+            began, computed = time.perf_counter(), time.thread_time()
+            old = load(prepared)
+            self.swaps.append((time.perf_counter() - began, time.thread_time() - computed))
+            return old
 
         engine.step, engine.load = timed_step, timed_load
 
     @message(concurrent=True, lane=Lane.CONTROL)
-    async def times(self) -> tuple[list[float], list[float], int]:
-        """Ends of steps, on the clock that all processes of a host share; seconds of swaps; steps that failed."""
+    async def times(self) -> tuple[list[float], list[tuple[float, float]], int]:
+        """Ends of steps, on the clock that all processes of a host share; seconds of swaps, and those of computing in
+        them; steps that failed."""
         return self.ends, self.swaps, self.failed

@@ -61,7 +61,7 @@ class Server:
         self.version = -1
         """That the server holds; -1 before the first."""
         self.counts: Counter[str] = Counter()
-        """requests, events, tokens, prefilled_tokens, given: how often a version was given"""
+        """requests, events, tokens, prefilled_tokens"""
         self._loading = asyncio.Lock()
         self._armed = asyncio.Event()
         self._doubtful = False
@@ -83,7 +83,7 @@ class Server:
     # Weights ------------------------------------------------------------------------------------------------
 
     async def load(self, version: int) -> None:
-        """Has the server take what the weights' folder holds as `version`; what is being generated goes on with it.
+        """Has the server take `version`, which was written; what is being generated goes on with it.
 
         Raises Fault "no_weights" if it can't be had to; nothing is asked of it then until a later version is taken.
         """
@@ -112,9 +112,9 @@ class Server:
                     raise Fault("no_weights", f"the server could not be given version {version}: {fault}") from None
                 await asyncio.sleep(max(wait_s, fault.wait_s))
                 wait_s = min(2 * wait_s, MAX_BACKOFF_S)
-        self.counts["given"] += 1
         self.version, self._doubtful = version, False
         self._armed.set()
+        await asyncio.to_thread(self._weights.forget_older, version)
 
     async def _end_open(self) -> None:
         """Returns when no request is open: they end early, or their connections are closed."""

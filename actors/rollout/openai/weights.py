@@ -1,6 +1,6 @@
 """Gives a server the weights of a policy version by the calls it has for that.
 
-    folder (config.json, model.safetensors)      SGLang                          vLLM (VLLM_SERVER_DEV_MODE=1)
+    FOLDER/VERSION (config.json, *.safetensors)  SGLang                          vLLM (VLLM_SERVER_DEV_MODE=1)
     hold: nothing is generated, what was is      POST /pause_generation          POST /pause?mode=abort
       ended early ("abort")
     update: read the folder, drop cached keys    POST /update_weights_from_disk  POST /collective_rpc, reload_weights;
@@ -14,6 +14,7 @@ llama.cpp has none of these. Knows nothing of requests.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,17 @@ class ServerWeights:
         self._settings = settings
         self._folder = folder
 
-    def write(self, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> None:
-        """Puts a version into the folder, each file whole or not at all. Blocks; raises OSError."""
+    def write(self, version: int, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> None:
+        """Writes a version for the server to read. Blocks; raises OSError."""
         from ...model import checkpoint
 
-        checkpoint.save(self._folder, config, tensors)
+        checkpoint.save(self._folder / str(version), config, tensors)
+
+    def forget_older(self, version: int) -> None:
+        """Removes what was written of versions before this one. Blocks."""
+        for folder in self._folder.iterdir():
+            if folder.name.isdecimal() and int(folder.name) < version:
+                shutil.rmtree(folder, ignore_errors=True)
 
     async def hold(self) -> None:
         """Ends what is being generated early, and lets nothing begin."""
@@ -57,8 +64,8 @@ class ServerWeights:
             await self._post("/resume")
 
     async def update(self, version: int) -> None:
-        """Has the server read the folder, which holds `version`. Raises Fault "no_weights" if it will not."""
-        folder, wait_s = str(self._folder), self._settings.update_s
+        """Has the server read `version`, which was written. Raises Fault "no_weights" if it will not."""
+        folder, wait_s = str(self._folder / str(version)), self._settings.update_s
         if self._settings.dialect == "sglang":
             body = {"model_path": folder, "weight_version": str(version), "flush_cache": True}
             answer = await self._post("/update_weights_from_disk", body, wait_s)

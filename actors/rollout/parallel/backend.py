@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from .part import Part
     from .runner import Follower, RanksRunner
 
-PAGE_TOKENS = 16
-"""Of a page of keys and values."""
-
 
 class RanksBackend(LocalBackend):
     """That of the first rank: the engine of a worker alone, with a runner that has the others compute with it."""
@@ -80,15 +77,18 @@ class RanksBackend(LocalBackend):
 
         assert self._link is not None
         worker = self._worker
-        num_pages = enough_pages(worker.num_slots, worker.task.max_prompt_tokens, worker.rl.max_new_tokens, PAGE_TOKENS)
+        size = worker.page_tokens
+        num_pages = enough_pages(worker.num_slots, worker.task.max_prompt_tokens, worker.rl.max_new_tokens, size)
+        if worker.kv_tokens:
+            num_pages = min(num_pages, worker.kv_tokens // size)
         self._balance = Balance(worker.mesh, worker.model) if worker.ep > 1 else None
         self._runner = RanksRunner(
-            self._link, worker.model, num_pages=num_pages, page_tokens=PAGE_TOKENS, balance=self._balance
+            self._link, worker.model, num_pages=num_pages, page_tokens=size, routes=worker.routes, balance=self._balance
         )
         return self._runner
 
     def stats(self) -> dict[str, Any]:
-        return {**super().stats(), "expert_moves": self._balance.moves if self._balance is not None else 0}
+        return {**super().stats(), "moved_experts": self._balance.moves if self._balance is not None else 0}
 
     async def _receive(self, manifest: Manifest, route: Route | None) -> Weights:
         """The part of this rank, prepared; the others have theirs, too."""
