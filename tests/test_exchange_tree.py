@@ -156,6 +156,11 @@ def test_an_abort_ends_a_receive_and_a_repeat_goes_on_from_there(publisher: Publ
         threading.Timer(0.1, lambda: sink.abort(4)).start()
         with pytest.raises(TransferFailed, match=r"4 of \d+ buckets had come when epoch 4 was aborted"):
             sink.receive(manifest, route(late, epoch=4, stall_s=20))
+        closing_one = TreeSink()
+        threading.Timer(0.1, closing_one.close).start()
+        for _ in range(2):
+            with pytest.raises(TransferFailed, match=r"of \d+ buckets had come when epoch 9 was aborted"):
+                closing_one.receive(manifest, route(late, epoch=9, stall_s=20))
     assert sink._works[-1] is not None and sink._works[-1].num_here == 4
     assert same(sink.receive(manifest, route(manifest.seat.address, epoch=5)), weights(1))
 

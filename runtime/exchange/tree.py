@@ -12,6 +12,7 @@ Knows nothing of what the tensors are for.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,9 @@ PATIENCE = 4
 
 SILENCES = 8
 """Stalls in a row after which a publisher is taken for gone: it is asked for another manifest."""
+
+NEVER = 1 << 63
+"""An epoch after all others."""
 
 POLL_MS = 20
 """How soon an abort is noticed."""
@@ -94,6 +98,7 @@ class TreeSink:
         self._works: list[Work | None] = [None, None]
         self._context: zmq.Context[Socket] = zmq.Context(io_threads=1)
         self._aborted = -1
+        self._receiving = threading.Lock()
         self._shelf = Shelf(address, self._find, growing=True, keys=keys) if address else None
         self.address = self._shelf.address if self._shelf is not None else ""
         self.passed_over: dict[str, None] = {}
@@ -109,9 +114,10 @@ class TreeSink:
         """See Sink. Without `into`, the tensors where they were received."""
         manifest.check()
         targets = into if into is None or copies is not None else payloads.targets_for(manifest, into)
-        work = self._begin(manifest)
-        self.passed_over.clear()
-        _Fetch(self, work, route).run()
+        with self._receiving:
+            work = self._begin(manifest)
+            self.passed_over.clear()
+            _Fetch(self, work, route).run()
         received = manifest.views(work.payload)
         if targets is None:
             return received
@@ -144,10 +150,13 @@ class TreeSink:
         return dealer
 
     def close(self) -> None:
+        """Ends a receive that goes on, within some `POLL_MS`; there can't be another one."""
+        self._aborted = NEVER
+        with self._receiving:
+            self._context.destroy(linger=0)
         if self._shelf is not None:
             self._shelf.close()
         self._works = [None, None]
-        self._context.destroy(linger=0)
 
     def _begin(self, manifest: Manifest) -> Work:
         """The payload to receive into: what is there of this very version goes on, else the older one gives way."""
@@ -179,6 +188,7 @@ class _Fetch:
     def run(self) -> None:
         """Raises TransferFailed if it was aborted, TimeoutError past the deadline, StaleIncarnation, CorruptWeights."""
         sources, silent = deque(self._route.sources), 0
+        self._check(time.monotonic())
         while self._work.num_here < self._num_buckets:
             source = sources.popleft() if len(sources) > 1 else sources[0]
             dealer, last, here = self._sink.dealer(source), source == sources[-1], self._work.num_here
