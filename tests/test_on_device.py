@@ -4,6 +4,7 @@ Oracles: the engine that waits for every token, and generation by full forward p
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,10 +26,17 @@ from tiny_engine import (
     weights,
 )
 
-from headrace.actors.rollout.actor import Rollout
+from headrace.actors.job import load_job
+from headrace.actors.model.qwen3_moe import Qwen3Moe
+from headrace.actors.rollout import graphs
 from headrace.actors.rollout.graphs import Eager, buckets, why_no_cuda
+from headrace.actors.rollout.local import LocalBackend
 from headrace.actors.rollout.on_device import DeviceEngine, graph_runner
+from headrace.actors.rollout.requests import Request
 from headrace.actors.rollout.sampling import sample, sample_unseen
+from headrace.runtime.toml import ConfigError
+
+CLUSTER = Path(__file__).parents[1] / "cluster.toml"
 
 NOT_THERE = 99
 
@@ -305,10 +313,44 @@ def test_bfloat16_is_near():
         assert tokens != wanted[0] or logprobs == pytest.approx(wanted[1], abs=0.05)
 
 
+def test_where_memory_is_short_responses_give_way_and_lose_nothing():
+    running = on_device(8, kv_tokens=64, page_tokens=3)
+    for key in range(4):
+        running.submit(request(key))
+    chunks = finish(running)
+    assert running.scheduler.num_preempted > 0
+    assert running.stats.num_generated_tokens == sum(len(chunk.tokens) for chunk in chunks)
+    assert_expected(collect(chunks))
+
+
 @pytest.mark.skipif(not why_no_cuda(), reason="there is a GPU: run tests/gpu/run")
-def test_without_a_gpu_it_says_why():
-    assert "torch" in why_no_cuda()
-    assert Rollout.__dataclass_fields__["device"].default == "cpu"
+def test_without_a_gpu_the_setting_is_refused_with_the_configuration():
+    with pytest.raises(
+        ConfigError, match=r"rollout\] device: \"cuda\" can't be had: .*torch.*, or use device = \"cpu\""
+    ):
+        load_job(CLUSTER, ['actors.rollout.device="cuda"'])
+
+
+@pytest.mark.parametrize("other", ["routes=true", "fixed_shapes=true", 'precision.decode="fp8"'])
+def test_what_does_not_go_with_a_gpu_is_refused(other):
+    with pytest.raises(ConfigError, match=r'device: "cuda" does not go with .*; leave one'):
+        load_job(CLUSTER, ['actors.rollout.device="cuda"', f"actors.rollout.{other}"])
+
+
+def test_a_worker_with_a_gpu_makes_this_engine(monkeypatch):
+    monkeypatch.setattr(graphs, "why_no_cuda", lambda: "")
+    monkeypatch.setattr(graphs, "CudaGraphs", Eager)
+    worker = load_job(CLUSTER, ['actors.rollout.device="cuda"']).cluster.actors["rollout"].instance
+    monkeypatch.setattr(type(worker), "name", "rollout")
+    backend = LocalBackend(worker)
+    tensors = {name: p.detach().numpy() for name, p in Qwen3Moe(worker.model, seed=0).named_parameters()}
+    assert backend._load(3, tensors) is None
+    running = backend._engine
+    assert isinstance(running, DeviceEngine) and running.version == 3
+    running.submit(Request(key=0, ordinal=0, prompt=np.ones(3, np.int32), members=[0, 1], max_new_tokens=4))
+    chunks = finish(running)
+    assert {chunk.origin.precision for chunk in chunks if chunk.origin} == {"bfloat16"}
+    assert backend._load(4, tensors) is not None and running.version == 4
 
 
 def _assert_same(ours, theirs):

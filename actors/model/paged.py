@@ -59,7 +59,8 @@ class PagedCache:
     @property
     def by_page(self) -> Tensor:
         """[layers, (k, v), blocks, G, pages of a block, tokens of a page, D]: page p is page p % n of block p // n."""
-        return self._by_page
+        view: Tensor = self._by_page
+        return view
 
     def expect(self, layers: Sequence[LayerWeights]) -> None:
         """Says with which weights queries and keys will be made from now on: it bounds how large their products are.

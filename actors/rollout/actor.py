@@ -111,7 +111,7 @@ class Rollout(Worker):
         }  # fmt: skip
         for name, asked in others.items():
             if asked:
-                raise ValueError(f'device = "cuda" does not go with {name}; leave one of them out')
+                raise ValueError(f'device "cuda" does not go with {name}; leave one of them out')
 
     @property
     def mesh(self) -> Mesh:

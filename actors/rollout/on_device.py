@@ -4,7 +4,7 @@
                  prompts, admission, random numbers         '-- who has ended was in n+1, too: that token is dropped
 
 Budgets are known ahead, and cost no token. What must not be late waits for what is under way first (`land`): new
-weights, so that each token carries the version that sampled it, and giving way, which needs the tokens so far. Freed
+weights, so that each token carries the version that sampled it, and giving way, for who has ended leaves pages. Freed
 rows and pages may be given away at once: the device does things in the order in which they were launched. Tokens are
 those of engine.Engine. Knows nothing of graphs.
 """
@@ -50,7 +50,7 @@ class AheadSlots(Slots):
 
     def _may_go_on(self) -> np.ndarray:
         live = slice(self.num_live)
-        return np.less(self._length[live] + self._ahead[live], self._limit[live])
+        return np.asarray(self._length[live] + self._ahead[live] < self._limit[live])
 
     def going(self) -> np.ndarray:
         """Slots of responses that may have a token more than was launched, int64 [n], ascending."""
@@ -81,7 +81,7 @@ class AheadSlots(Slots):
         """Each of `slots` has a token more, which only the device knows. Returns their serials, int64 [n]."""
         self._position[slots] += 1
         self._ahead[slots] += 1
-        return self._serial[slots]
+        return np.asarray(self._serial[slots])
 
     def still(self, serials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slots of those of `serials` that are live, and which of `serials` they have: two int64 [n]."""
@@ -192,7 +192,6 @@ class DeviceEngine(Engine):
         bad[slots[~finite]] = True
         if not finite.any() and len(finite) > 1:
             bad[:] = True
-            self._flight = None
         self._refuse(bad)
 
 
