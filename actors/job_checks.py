@@ -37,6 +37,7 @@ def check_job(document: Document, job: Job) -> None:
     _check_algorithm(document, job)
     _check_lengths(document, job)
     _check_ranks(document, job)
+    _check_devices(document, job)
     _check_servers(document, job)
     _check_stream(document, job)
     _check_weights(document, job)
@@ -128,6 +129,16 @@ def _check_ranks(document: Document, job: Job) -> None:
                 ("actors", name, "ranks"),
                 f"must be tp * ep * sp = {mesh.tp} * {mesh.ep} * {mesh.sp}, got {spec.ranks}; set it to {mesh.size}",
             )
+
+
+def _check_devices(document: Document, job: Job) -> None:
+    """What is to run on a GPU finds one here; only then is torch imported."""
+    for name, spec in job.cluster.actors.items():
+        if isinstance(spec.instance, Rollout) and spec.instance.device == "cuda":
+            from .rollout.graphs import why_no_cuda
+
+            if why := why_no_cuda():
+                raise document.error(("actors", name, "device"), f'"cuda" can\'t be had: {why}, or use device = "cpu"')
 
 
 def _check_stream(document: Document, job: Job) -> None:

@@ -118,3 +118,23 @@ def test_what_the_script_does_with_a_case(monkeypatch, tmp_path):
         "align_count/E12": [7200],
     }
     assert len(cells["align_count/E12"][0].seconds) == len(case.spec.configs)
+
+
+def test_what_the_script_measures_of_decoding(capsys):
+    """At a small size, without a graph; there the figures mean nothing."""
+    import decode_session
+
+    from headrace.actors.model.config import ModelConfig
+    from headrace.actors.rollout.graphs import Eager, why_no_cuda
+
+    config = ModelConfig(vocab_size=32, hidden_size=32, num_layers=1, num_experts=4, moe_intermediate_size=16)
+    work = decode_session.make_work(config, num_slots=3, prompt=4, most=12, median=4)
+    figures = decode_session.measure(work, Eager(), 1e9, repeats=1)
+    assert set(figures) == {
+        "decode_tokens_per_s", "decode_generate_tokens_per_s", "decode_to_generate_ratio",
+        "decode_of_memory_floor_ratio", "decode_lengths_p99_to_mean", "decode_captured_steps",
+    }  # fmt: skip
+    assert all(value > 0 for value in figures.values())
+    if why_no_cuda():
+        assert decode_session.main(1.0) == {}
+        assert "not yet measured on a GPU" in capsys.readouterr().out

@@ -29,13 +29,19 @@ Write = Callable[[int, Tensor, Tensor], None]
 
 
 class PagedCache:
-    """Pages of keys and values, fp32, of the `num_kv_heads` heads of `config`.
+    """Pages of keys and values, of `dtype`, of the `num_kv_heads` heads of `config`.
 
     A rank that has some of the heads gives a config with those.
     """
 
     def __init__(
-        self, config: ModelConfig, *, num_pages: int, page_tokens: int, device: torch.device | str = "cpu"
+        self,
+        config: ModelConfig,
+        *,
+        num_pages: int,
+        page_tokens: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
         self.num_pages = num_pages
@@ -43,11 +49,18 @@ class PagedCache:
         self._per_block = pages_per_block(page_tokens)
         num_blocks, block_tokens = -(-num_pages // self._per_block), self._per_block * page_tokens
         self._data = torch.zeros(
-            config.num_layers, 2, num_blocks, config.num_kv_heads, block_tokens, config.head_dim, device=device
-        )
+            config.num_layers, 2, num_blocks, config.num_kv_heads, block_tokens, config.head_dim,
+            device=device, dtype=dtype,
+        )  # fmt: skip
         self._by_page = self._data.unflatten(4, (self._per_block, page_tokens))
         self._score_bounds = [math.inf] * config.num_layers
         self._key_norms = [0.0] * config.num_layers
+
+    @property
+    def by_page(self) -> Tensor:
+        """[layers, (k, v), blocks, G, pages of a block, tokens of a page, D]: page p is page p % n of block p // n."""
+        view: Tensor = self._by_page
+        return view
 
     def expect(self, layers: Sequence[LayerWeights]) -> None:
         """Says with which weights queries and keys will be made from now on: it bounds how large their products are.

@@ -73,6 +73,9 @@ class Rollout(Worker):
     """Ranks that share the tokens of a step, if there are many: of long prompts."""
     spare_experts: Annotated[int, Ge(0)] = 0
     """Replicas of busy experts that a rank has room for, in each layer."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """"cuda": weights, keys and values in bfloat16 on a GPU of compute capability 9.0 or more; decode steps are CUDA
+    graphs, and tokens come to the host one step late."""
     engine: Literal["headrace", "openai"] = "headrace"
     """"openai": a server at `base_url` generates, as `server` says."""
     base_url: str = ""
@@ -91,6 +94,8 @@ class Rollout(Worker):
                 raise ValueError("precision is of our own engine; leave it out, a server has its own settings for that")
         elif self.base_url:
             raise ValueError('base_url is of a server; set engine = "openai", or leave it out')
+        if self.device == "cuda":
+            self._check_cuda()
         self.mesh.check(self.model)
         if self.mesh.size > 1 and self.engine != "headrace":
             raise ValueError("tp, ep and sp divide our own engine over ranks; a server has its own settings for that")
@@ -100,6 +105,15 @@ class Rollout(Worker):
             raise ValueError("fixed_shapes are of full precision; leave them out, or set precision to full")
         if self.mesh.size > 1 and self.fixed_shapes:
             raise ValueError("fixed_shapes are of a worker of one rank; leave them out, or set tp, ep and sp to 1")
+
+    def _check_cuda(self) -> None:
+        others = {
+            'engine = "openai"': self.engine == "openai", "precision": self.precision.uses_fp8,
+            "tp, ep and sp": self.mesh.size > 1, "routes": self.routes, "fixed_shapes": self.fixed_shapes,
+        }  # fmt: skip
+        for name, asked in others.items():
+            if asked:
+                raise ValueError(f'device "cuda" does not go with {name}; leave one of them out')
 
     @property
     def mesh(self) -> Mesh:

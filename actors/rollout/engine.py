@@ -72,6 +72,8 @@ class _Open:
 class Engine:
     """See the module. Weights, here and in `prepare`, are fp32, by Hugging Face name, of policy version `version`."""
 
+    _slots_class = Slots
+
     def __init__(
         self,
         config: ModelConfig,
@@ -127,7 +129,7 @@ class Engine:
             f"prefill_tokens={prefill_tokens} max_prompt_tokens={max_prompt_tokens} max_new_tokens={max_new_tokens}"
         )
         self._worker, self._precision, self._exact = worker, precision, fixed_shapes
-        self._slots = Slots(
+        self._slots = self._slots_class(
             num_slots=num_slots, max_new_tokens=max_new_tokens, max_pages=max_pages, page_tokens=runner.page_tokens
         )
         self._scheduler = Scheduler(runner, self._slots, prefill_tokens=prefill_tokens)

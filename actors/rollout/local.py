@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 STEPS_PER_TURN = 16
 """Decode steps between two looks at what was asked for: each look costs the loop, which shares the core."""
 
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+"""What a model is computed in, where no schedule says otherwise."""
+
 TURNS_AHEAD = 2
 """Turns that the thread has been given: while the chunks of one are handed out, the next is computed. A weight swap
 waits for them, some tens of milliseconds."""
@@ -180,6 +183,15 @@ class LocalBackend:
     def _make_runner(self) -> Runner | None:
         """What the engine computes with; None leaves it to the engine."""
         worker = self._worker
+        if worker.device == "cuda":
+            from .graphs import CudaGraphs
+            from .on_device import graph_runner
+
+            return graph_runner(
+                worker.model, CudaGraphs(), num_slots=worker.num_slots,
+                max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
+                page_tokens=worker.page_tokens, kv_tokens=worker.kv_tokens or None,
+            )  # fmt: skip
         if not worker.precision.uses_fp8:
             return None
         from .room import num_pages_of
@@ -209,6 +221,7 @@ class LocalBackend:
     def _load(self, version: int, weights: Weights) -> Any:
         """On the actor's thread, hence between two turns. Returns the old weights."""
         from .engine import Engine, Prepared
+        from .on_device import DeviceEngine
 
         if self._engine is not None:
             old = self._engine.load(
@@ -218,13 +231,14 @@ class LocalBackend:
             return old
         assert not isinstance(weights, Prepared)
         worker, runner = self._worker, self._make_runner()
-        self._engine = Engine(
+        make = Engine if worker.device == "cpu" else DeviceEngine
+        self._engine = make(
             worker.model, weights, version=version, num_slots=worker.num_slots,
             max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
             eos_id=worker.task.eos_id, seed=worker.run.seed, chunk_tokens=worker.chunk_tokens, runner=runner,
             page_tokens=worker.page_tokens, kv_tokens=worker.kv_tokens or None, routes=worker.routes,
             fixed_shapes=worker.fixed_shapes, worker=worker.name, detokenize=worker.task.decode,
-            precision=self._schedule.describe() if self._watch else "float32",
+            precision=self._schedule.describe() if self._watch else DTYPES[worker.device],
         )  # fmt: skip
         return None
 

@@ -24,6 +24,19 @@ def sample(
     """
     if top_k is None and top_p is None and min_p is None and (temperatures == 1).all():
         return _draw(logits, uniforms)
+    return sample_unseen(logits, temperatures, uniforms, top_k=top_k, top_p=top_p, min_p=min_p)
+
+
+def sample_unseen(
+    logits: Tensor,
+    temperatures: Tensor,
+    uniforms: Tensor,
+    *,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `sample`, to the bit, without a look at any number on the host: a CUDA graph can hold it."""
     greedy = temperatures == 0
     tempered = logits / temperatures.masked_fill(greedy, 1.0).unsqueeze(1)
     tokens, logprobs = _draw(truncate(tempered, top_k=top_k, top_p=top_p, min_p=min_p), uniforms)

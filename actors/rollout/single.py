@@ -32,12 +32,13 @@ class SingleRunner:
         routes: bool = False,
         fixed_shapes: bool = False,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
         self.num_pages = num_pages
         self.page_tokens = page_tokens
         self._device = torch.device(device)
-        self._cache = PagedCache(config, num_pages=num_pages, page_tokens=page_tokens, device=device)
+        self._cache = PagedCache(config, num_pages=num_pages, page_tokens=page_tokens, device=device, dtype=dtype)
         self._rotations = rotations(config).to(device)
         self._fixed = fixed_shapes
         self._routes = (np.uint8 if config.num_experts < 256 else np.uint16) if routes else None

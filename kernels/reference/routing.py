@@ -101,6 +101,10 @@ def _outside_top_groups(choice_TE: Tensor, groups: int, top_groups: int, *, best
 
 def expert_load(ids_TK: Tensor, num_experts: int) -> Tensor:
     """How many (token, choice) pairs each expert got: int64 [E]."""
+    if ids_TK.is_cuda:  # bincount would ask the device for the largest id, and wait.
+        ids_P = ids_TK.reshape(-1)
+        zeros_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_P.device)
+        return zeros_E.index_add_(0, ids_P, torch.ones_like(ids_P, dtype=torch.int64))
     return torch.bincount(ids_TK.reshape(-1), minlength=num_experts)
 
 

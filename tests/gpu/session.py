@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from case import Case, cases
+from decode_session import main as decode
 from exchange_session import main as exchange
 
 from headrace.kernels.build import ARCHITECTURES, compile_source
@@ -59,8 +60,10 @@ def main(arguments: Sequence[str]) -> int:
     code = _check(chosen, options.seed, large=True)
     if not options.no_sanitizer:
         code |= _sanitize(options)
-    _time_and_tune(chosen, options)
+    copy_rate = _time_and_tune(chosen, options)
     if not options.only:
+        print("\nthe rollout engine beside transformers' generate")
+        decode(copy_rate)
         print("\nweights between processes (tests/gpu/exchange)")
         code |= exchange([]) == 1
     return code
@@ -140,7 +143,8 @@ def _sanitize(options: argparse.Namespace) -> int:
     return code
 
 
-def _time_and_tune(chosen: Sequence[Case], options: argparse.Namespace) -> None:
+def _time_and_tune(chosen: Sequence[Case], options: argparse.Namespace) -> float:
+    """Returns the copy rate of this GPU."""
     from measure import Bench, record, timed
 
     from headrace.kernels.live import build_of_sources, choices_file, tuned
@@ -176,6 +180,7 @@ def _time_and_tune(chosen: Sequence[Case], options: argparse.Namespace) -> None:
         }
         options.json.write_text(json.dumps(text, indent=1) + "\n")
     print(_table(chosen, figures, bench.copy_rate))
+    return bench.copy_rate
 
 
 def _bars(case: Case, figures: dict[str, float | None]) -> list[dict[str, Any]]:
