@@ -79,7 +79,11 @@ class CompletionsServer:
                 if path == "/v1/completions":
                     await self.complete(body, headers, reader, writer)
                 else:
-                    self.reply(writer, *self.control(f"{method} {path}", body))
+                    status, said = self.control(f"{method} {path}", body)
+                    if not status:
+                        await reader.read(1)  # Says nothing until the client leaves.
+                        return
+                    self.reply(writer, status, said)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
@@ -108,6 +112,8 @@ class CompletionsServer:
             case "POST /resume" | "POST /continue_generation":
                 self.paused = False
             case "POST /update_weights_from_disk":
+                if self.rule("update_silent", []):
+                    return 0, None
                 if self.rule("update_refused", []):
                     return 200, {"success": False, "message": "no such file"}
                 self.read(body["model_path"], body["weight_version"])
@@ -294,6 +300,10 @@ class CompletionsServer:
                 choice["logprobs"] = None
             case "NaN":
                 logprobs["token_logprobs"] = [float("nan")]
+            case "endless logprobs":
+                logprobs["token_logprobs"] = [-(10**400)]
+            case "an endless id":
+                logprobs["tokens"] = ["token_id:" + "9" * 5000]
             case "null logprobs":
                 logprobs["token_logprobs"] = [None]
             case "positive logprobs":

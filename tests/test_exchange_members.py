@@ -46,6 +46,7 @@ class Member:
     def __init__(self, *, tree: bool = False, schema: tuple[tuple[str, str, tuple[int, ...]], ...] = ()) -> None:
         sinks = {"tree": TreeSink("tcp://127.0.0.1:0")} if tree else {}
         self.intake: Intake[dict[str, np.ndarray]] = Intake(_copied, sinks)
+        self.load_s = 0.0
         self.schema = schema
         self.taken: list[int] = []
         self.epochs: list[int] = []
@@ -55,7 +56,7 @@ class Member:
         self.gate.set()
 
     async def seat(self) -> Seat:
-        return self.intake.seat(self.schema)
+        return replace(self.intake.seat(self.schema), load_s=self.load_s)
 
     async def load(self, manifest: Manifest, route: Route) -> int:
         self.epochs.append(route.epoch)
@@ -148,6 +149,16 @@ async def test_one_that_fails_or_stops_is_lost_and_costs_the_others_nothing() ->
         await weights.publish(2)
         assert await weights.settled() == {"0": 2, "1": 2, "2": 2} and not weights.lost
         assert well.taken == [1, 2] and failing.epochs[-1] > epoch + 2
+
+
+async def test_a_member_has_the_time_that_its_seat_says_beside_the_transfer() -> None:
+    member, hasty = Member(), Patience(base_s=0.05, again_s=(60.0, 60.0))
+    member.load_s = 60.0
+    async with exchange(member, patience=hasty) as (weights, _):
+        member.gate.clear()
+        asyncio.get_running_loop().call_later(1.0, member.gate.set)
+        await weights.publish(1)
+        assert await weights.settled() == {"0": 1}, "the patience alone is over after 0.55 s"
 
 
 async def test_who_is_lost_is_tried_again_though_nothing_new_is_published() -> None:

@@ -23,7 +23,9 @@ from headrace.actors.model.config import ModelConfig
 from headrace.actors.model.qwen3_moe import Qwen3Moe
 from headrace.actors.rollout import Rollout
 from headrace.actors.rollout.engine import Engine
+from headrace.actors.rollout.openai.backend import OpenAiBackend
 from headrace.actors.rollout.openai.faults import KINDS
+from headrace.actors.rollout.openai.server import Server
 from headrace.actors.rollout.openai.settings import ServerSettings
 from headrace.actors.rollout.requests import Request
 from headrace.actors.trainer.settings import RlSettings
@@ -196,7 +198,8 @@ LASTING = {
     "no logprobs": "no_logprobs", "NaN": "bad_logprobs", "null logprobs": "bad_logprobs",
     "positive logprobs": "bad_logprobs", "too few logprobs": "bad_logprobs", "too many tokens": "too_many",
     "filtered": "bad_finish", "early length": "bad_finish", "early stop": "bad_finish", "after the end": "bad_finish",
-    "500": "server_error", "nothing": "truncated", "half a JSON": "bad_json",
+    "500": "server_error", "nothing": "truncated", "half a JSON": "bad_json", "endless logprobs": "bad_logprobs",
+    "an endless id": "bad_ids",
 }  # fmt: skip
 
 
@@ -342,6 +345,79 @@ async def test_a_response_ends_at_a_stop_token_and_says_where_it_is_from(server:
         ):
             with pytest.raises(ValueError, match=says):
                 await answer(rollout, [replace(request(0), **change)])
+
+
+def hurry(rollout: Rollout, update_s: float) -> Server:
+    """Changes how long the worker's server may take for the next versions."""
+    assert isinstance(rollout._backend, OpenAiBackend)
+    server = rollout._backend._server
+    server._settings = replace(server._settings, update_s=update_s)
+    return server
+
+
+async def test_a_server_that_takes_too_long_is_released(server: Process, tmp_path: Path) -> None:
+    """By itself, and where the exchange gives up before."""
+    async with worker(server, tmp_path, dialect="sglang") as (rollout, publish):
+        assert (await rollout.seat()).load_s > QUICK["update_s"]
+        hurry(rollout, 0.3)
+        server.misbehave("update_silent", times=2)
+        with pytest.raises(RuntimeError, match=r"could not be given version 2: .*not within 0\.3 s"):
+            await rollout.load(publish(2))
+        assert not server.log()["paused"]
+        hurry(rollout, 20.0)
+        before = server.log()["POST /update_weights_from_disk"]
+        load = asyncio.create_task(rollout.load(publish(2)))
+        async with asyncio.timeout(10):
+            while server.log()["POST /update_weights_from_disk"] == before:  # noqa: ASYNC110 (nobody tells)
+                await asyncio.sleep(0.01)
+        assert server.log()["paused"]
+        load.cancel()
+        await asyncio.wait({load})
+        assert load.cancelled() and not server.log()["paused"]
+        server.post("/behave")
+        await rollout.load(publish(2))
+        same(await answer(rollout, [request(0)]), local(2, [request(0)]))
+
+
+async def test_requests_that_do_not_end_do_not_hold_weights_up_for_ever(
+    server: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.actors.rollout.openai.server.ABORT_S", 0.05)
+    async with worker(server, tmp_path) as (rollout, publish):
+        hurry(rollout, 0.3)._none_open.clear()
+        with pytest.raises(RuntimeError, match="could not be given version 2"):
+            await rollout.load(publish(2))
+
+
+async def test_a_task_that_dies_ends_its_stream(
+    server: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise OverflowError("ours")
+
+    async with worker(server, tmp_path) as (rollout, _):
+        monkeypatch.setattr("headrace.actors.rollout.openai.server.read_event", broken)
+        with pytest.raises(OverflowError, match="ours"):
+            await answer(rollout, [request(0)])
+        assert (await rollout.stats())["waiting"] == 0
+
+
+async def test_workers_share_a_folder_and_remove_nothing_of_others(server: Process, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    kept = [shared / "0", shared / "r" / "rollout" / "0", shared / "r" / "rollout_2" / "1"]
+    for folder in kept:
+        folder.mkdir(parents=True)
+    async with worker(server, tmp_path, weights_folder=str(shared)) as (rollout, publish):
+        await rollout.load(publish(2))
+        other = replace(rollout, base_url=f"{server.url}, {server.url}")
+        other._name = "rollout_2"
+        weights = OpenAiBackend(other)._weights
+        weights.write(3, MODEL, WEIGHTS[2])
+        weights.forget_older(3)
+    kept.append(shared / "r" / "rollout_2" / "3")
+    assert sorted(path for path in shared.glob("**/*") if path.name.isdecimal()) == sorted(
+        [*kept, shared / "r" / "rollout" / "2"]
+    )
 
 
 async def test_a_fixed_server_keeps_its_version(server: Process, tmp_path: Path) -> None:

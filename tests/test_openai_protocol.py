@@ -14,6 +14,7 @@ from tiny_job import CLUSTER
 from headrace.actors.job import load_job
 from headrace.actors.rollout import Rollout
 from headrace.actors.rollout.openai.answer import Answer
+from headrace.actors.rollout.openai.client import MAX_EVENT_BYTES, whole_lines
 from headrace.actors.rollout.openai.faults import KINDS, Fault
 from headrace.actors.rollout.openai.protocol import Event, completion_body, read_event
 from headrace.actors.rollout.openai.settings import address_of, addresses
@@ -54,8 +55,13 @@ def test_three_dialects_say_the_same(items: list[tuple[int, float]], finish: str
         assert read(dialect(tokens, logprobs, finish)) == Event(tokens, logprobs, finish or "")
 
 
-LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
-JSON = LEAF | st.lists(LEAF, max_size=3) | st.dictionaries(st.text(max_size=3), LEAF, max_size=2)
+DEEP: Any = []
+for _ in range(900):
+    DEEP = [DEEP]
+
+HUGE = st.sampled_from([10**400, -(10**400), -1e300, int("9" * 4000)])
+LEAF = st.none() | st.booleans() | st.integers() | HUGE | st.floats() | st.text(max_size=3)
+JSON = LEAF | st.just(DEEP) | st.lists(LEAF, max_size=3) | st.dictionaries(st.text(max_size=3), LEAF, max_size=2)
 FIELDS = ("index", "text", "logprobs", "token_ids", "finish_reason", "prompt_token_ids")
 INNER = ("tokens", "token_logprobs", "content")
 
@@ -82,6 +88,50 @@ def test_what_is_wrong_is_a_fault_and_what_is_read_is_sound(dialect: Any, field:
         assert all(type(token) is int and 0 <= token < VOCAB for token in event.tokens)
         assert all(np.isfinite(logprob) and logprob <= 0 for logprob in event.logprobs)
         assert event.finish in ("", "stop", "length", "abort")
+
+
+@pytest.mark.parametrize("logprob", [-(10**400), -1e300, -1e31])
+def test_a_log_probability_that_is_no_float32_is_a_fault(logprob: float) -> None:
+    with pytest.raises(Fault, match="finite and at most 0, got -1") as caught:
+        read(vllm([3], [logprob]))
+    assert caught.value.kind == "bad_logprobs"
+
+
+@pytest.mark.parametrize("ids", [DEEP, [DEEP], ["9" * 5000], [10**400]])
+def test_an_id_that_is_huge_or_deep_is_a_fault(ids: Any) -> None:
+    for choice in (vllm([3], [-1.0]) | {"token_ids": ids}, sglang([3], [-1.0]) | {"token_ids": ids}):
+        with pytest.raises(Fault) as caught:
+            read(choice)
+        assert caught.value.kind in ("bad_ids", "bad_json") and len(str(caught.value)) < 600
+    named = vllm([3], [-1.0])
+    named["logprobs"]["tokens"] = ["token_id:" + "9" * 5000]
+    for choice in (named, named | {"token_ids": None}):
+        with pytest.raises(Fault) as caught:
+            read(choice)
+        assert caught.value.kind == "bad_ids"
+
+
+class Unsearched(bytearray):
+    """Whoever looks through what has come already, looks through it for each piece."""
+
+    def split(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    find = index = partition = splitlines = split
+
+
+@given(st.lists(st.binary(max_size=6) | st.sampled_from([b"\n", b"a\nb", b"\n\nc"]), max_size=12))
+def test_lines_come_whole_however_they_are_cut(pieces: list[bytes]) -> None:
+    begun = Unsearched()
+    lines = [line for piece in pieces for line in whole_lines(begun, piece)]
+    assert [*lines, bytes(begun)] == b"".join(pieces).split(b"\n")
+
+
+def test_a_line_without_an_end_is_a_fault() -> None:
+    begun = Unsearched()
+    with pytest.raises(Fault, match="an event of more than"):
+        for _ in range(2 + MAX_EVENT_BYTES // (1 << 20)):
+            whole_lines(begun, bytes(1 << 20))
 
 
 @given(st.binary(max_size=40))
@@ -143,6 +193,7 @@ def test_a_cluster_file_names_a_server() -> None:
         ("actors.rollout.server.dialect=tgi", r"actors\.rollout\.server\.dialect"),
         ("actors.rollout.server.max_request=3", r"max_request"),
         ("actors.rollout.count=2", r"base_url: names 1 server, and rollout_2 is worker number 2"),
+        ("actors.rollout.server.dialect=llama.cpp", r'weights.* must be "fixed" with dialect = "llama.cpp"'),
         ("rl.temperature=0.7", r"temperature is 0\.7; set server\.logprobs"),
     ):
         with pytest.raises(ConfigError, match=says):

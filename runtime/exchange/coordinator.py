@@ -211,7 +211,7 @@ class Exchange:
                 member.admit(manifest, self._carrier)
             if member.carrier in COLLECTIVE:
                 await self._lead(member, manifest)
-            async with timeout(deadline_s + GRACE_S):
+            async with timeout(deadline_s + member.seat.load_s + GRACE_S):
                 route = route_to(member, self._members.values(), manifest, self.epoch, deadline_s, patience.stall_s)
                 member.took(await member.port.load(manifest, route))
         except (StaleIncarnation, CorruptWeights) as error:

@@ -80,6 +80,8 @@ class Seat:
     """Where others can fetch from it by the tree; empty if they can't."""
     schema: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     """Name, dtype and shape of the tensors that a member wants; empty if it takes what comes."""
+    load_s: float = 0.0
+    """What a member needs beside the transfer, such as to have a server read the weights."""
 
     def mismatch(self, tensors: list[TensorSpec]) -> str:
         """How `tensors` differ from the schema, with the values of both sides; "" if they do not."""

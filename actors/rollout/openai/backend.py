@@ -16,6 +16,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,8 @@ class OpenAiBackend:
         self._settings = settings
         self._address = address_of(worker.base_url, worker.name)
         self._client = Client(self._address, settings)
-        folder = Path(settings.weights_folder or worker.run.path / "weights" / (worker.name or "rollout"))
+        given, run = settings.weights_folder, worker.run
+        folder = (Path(given) / run.name if given else run.path / "weights") / (worker.name or "rollout")
         self._weights = ServerWeights(self._client, settings, folder.absolute())
         self._server = Server(self._client, self._weights, settings, worker.log)
         self._intake: Intake[None] = Intake(self._write)
@@ -69,7 +71,8 @@ class OpenAiBackend:
         self._intake.close()
 
     def seat(self) -> Seat:
-        return self._intake.seat()
+        load_s = self._server.load_s if self._settings.weights == "update" else 0.0
+        return replace(self._intake.seat(), load_s=load_s)
 
     async def load(self, manifest: Manifest, route: Route | None = None) -> None:
         """Raises RuntimeError if the server does not take it, or is one whose weights are fixed."""
@@ -140,18 +143,28 @@ class OpenAiBackend:
             for index in range(len(request.members))
         ]
         # Bounded by the tokens that the requests may ask for.
-        chunks: asyncio.Queue[Chunk] = asyncio.Queue()
+        chunks: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                chunks.put_nowait(error)  # Else its last chunk would be waited for for ever.
+
         tasks = [asyncio.create_task(self._finish(answer, chunks.put_nowait)) for answer in answers]
+        for task in tasks:
+            task.add_done_callback(ended)
         unfinished = len(tasks)
         self._wants(unfinished)
         try:
             while unfinished:
-                some = [await chunks.get()]
-                while not chunks.empty():
-                    some.append(chunks.get_nowait())
-                ended = sum(1 for chunk in some if chunk.finish)
-                unfinished -= ended
-                self._wants(-ended)
+                some: list[Chunk] = []
+                while not some or not chunks.empty():
+                    chunk = await chunks.get()
+                    if isinstance(chunk, BaseException):
+                        raise chunk
+                    some.append(chunk)
+                num_ended = sum(1 for chunk in some if chunk.finish)
+                unfinished -= num_ended
+                self._wants(-num_ended)
                 yield some
         finally:
             self._wants(-unfinished)

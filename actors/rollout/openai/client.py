@@ -80,20 +80,15 @@ class Client:
                 if response.content_type == "application/json":
                     yield await _whole(response)
                     return
-                buffer = bytearray()
+                begun = bytearray()
                 async for piece in response.content.iter_any():
-                    buffer += piece
-                    *lines, rest = buffer.split(b"\n")
-                    buffer = rest
-                    if len(buffer) > MAX_EVENT_BYTES:
-                        raise Fault("bad_answer", f"an event of more than {MAX_EVENT_BYTES} bytes")
-                    for line in lines:
+                    for line in whole_lines(begun, piece):
                         field, _, value = line.partition(b":")
                         if field == b"data":
                             if value.strip() == b"[DONE]":
                                 await _finish_reading(response)
                                 return
-                            yield bytes(value)
+                            yield value
         raise Fault("truncated", "the answer ended before its end")
 
     async def call(self, method: str, path: str, body: Mapping[str, Any] | None, deadline_s: float) -> Any:
@@ -149,6 +144,22 @@ class Client:
             raise Fault("unreachable", f"{type(error).__name__}: {shown(str(error).encode())}") from None
         except ValueError as error:
             raise Fault("bad_answer", f"no HTTP: {shown(str(error).encode())}") from None
+
+
+def whole_lines(begun: bytearray, piece: bytes) -> list[bytes]:
+    """The lines that end in `piece`; the first began with `begun`, which then is the line that has not ended.
+
+    Looks for ends in `piece` alone: a long line costs what it is long. Raises Fault if it is too long.
+    """
+    first, *others = piece.split(b"\n")
+    begun += first
+    if len(begun) > MAX_EVENT_BYTES:
+        raise Fault("bad_answer", f"an event of more than {MAX_EVENT_BYTES} bytes")
+    if not others:
+        return []
+    lines = [bytes(begun), *others[:-1]]
+    begun[:] = others[-1]
+    return lines
 
 
 async def _finish_reading(response: aiohttp.ClientResponse) -> None:

@@ -12,7 +12,7 @@ tools/server, as of autumn 2026.
 from __future__ import annotations
 
 import json
-import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,12 @@ SHOWN_CHARS = 200
 
 LOGPROB_SLACK = 1e-3
 """How far above 0 rounding may bring a log-probability."""
+
+LEAST_LOGPROB = -1e30
+"""Below it one would be infinite as a float32, or is too long to be a float at all."""
+
+MAX_DIGITS = 12
+"""Of a token id: no vocabulary has as many, and Python refuses to read very long ones."""
 
 _FINISHES = {None: "", "": "", "stop": "stop", "length": "length", "abort": "abort"}
 
@@ -92,14 +98,14 @@ def read_event(data: bytes, prompt: Sequence[int], vocab_size: int) -> Event:
         raise Fault("bad_ids", "the server answers another prompt than it was given")
     finish = choice.get("finish_reason")
     if not isinstance(finish, str | None) or finish not in _FINISHES:
-        raise Fault("bad_finish", f"finish_reason must be stop, length or abort, got {finish!r:.{SHOWN_CHARS}}")
+        raise Fault("bad_finish", f"finish_reason must be stop, length or abort, got {reprlib.repr(finish)}")
     tokens, logprobs = _tokens(choice)
     for token in tokens:
         if type(token) is not int or not 0 <= token < vocab_size:
-            raise Fault("bad_ids", f"a token id must be 0..{vocab_size - 1}, got {token!r:.{SHOWN_CHARS}}")
+            raise Fault("bad_ids", f"a token id must be 0..{vocab_size - 1}, got {reprlib.repr(token)}")
     for logprob in logprobs:
-        if type(logprob) not in (float, int) or not math.isfinite(logprob) or logprob > LOGPROB_SLACK:
-            got = f"{logprob!r:.{SHOWN_CHARS}}"
+        if type(logprob) not in (float, int) or not LEAST_LOGPROB <= logprob <= LOGPROB_SLACK:
+            got = reprlib.repr(logprob)
             raise Fault("bad_logprobs", f"a log-probability must be finite and at most 0, got {got}")
     return Event(tokens, [min(float(logprob), 0.0) for logprob in logprobs], _FINISHES[finish])
 
@@ -128,12 +134,12 @@ def _tokens(choice: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     if ids is None:
         ids = named
     elif not isinstance(ids, list):
-        raise Fault("bad_ids", f"token_ids must be a list, got {ids!r:.{SHOWN_CHARS}}")
+        raise Fault("bad_ids", f"token_ids must be a list, got {reprlib.repr(ids)}")
     elif named is not None and named != ids:
         raise Fault("bad_ids", "token_ids and the tokens that log-probabilities are given for differ")
     if ids is None:
         if choice.get("text"):
-            raise Fault("no_ids", f"text without token ids: {choice['text']!r:.{SHOWN_CHARS}}")
+            raise Fault("no_ids", f"text without token ids: {reprlib.repr(choice['text'])}")
         return [], []
     if ids and not values:
         raise Fault("no_logprobs", f"{len(ids)} tokens without log-probabilities")
@@ -152,7 +158,7 @@ def _named(logprobs: dict[str, Any]) -> tuple[list[Any] | None, list[Any]]:
     prefix = "token_id:"
     if isinstance(names, list) and names and all(isinstance(name, str) and name.startswith(prefix) for name in names):
         numbers = [name.removeprefix(prefix) for name in names]
-        named: list[Any] | None = [int(number) if number.isdecimal() else None for number in numbers]
+        named: list[Any] | None = [int(n) if len(n) < MAX_DIGITS and n.isdecimal() else None for n in numbers]
     else:
         named = None
     return named, values if isinstance(values, list) else []

@@ -23,7 +23,7 @@ from .client import Client
 from .faults import Fault
 from .protocol import COMPLETIONS, completion_body, read_event
 from .settings import ServerSettings
-from .weights import ServerWeights
+from .weights import SHORT_S, ServerWeights
 
 ABORT_S = 5.0
 """How long answers that the server ends early may take to say so; then their connections are closed."""
@@ -75,6 +75,11 @@ class Server:
         """Requests under way."""
         return len(self._open)
 
+    @property
+    def load_s(self) -> float:
+        """Longest time of `load`: a recovery that is under way is waited for."""
+        return 2 * (self._settings.update_s + ABORT_S) + SHORT_S
+
     async def close(self) -> None:
         if self._recovery is not None:
             self._recovery.cancel()
@@ -101,32 +106,52 @@ class Server:
         until, wait_s = loop.time() + self._settings.update_s, self._settings.backoff_s
         while True:
             try:
-                await self._weights.hold()
-                await self._end_open()
-                await self._weights.update(version)
-                await self._weights.release()
+                async with asyncio.timeout_at(until):
+                    await self._change(version)
                 break
-            except Fault as fault:
-                if not fault.passing or loop.time() + wait_s > until:
-                    self._say("server_without_weights", version=version, reason=str(fault))
-                    raise Fault("no_weights", f"the server could not be given version {version}: {fault}") from None
-                await asyncio.sleep(max(wait_s, fault.wait_s))
-                wait_s = min(2 * wait_s, MAX_BACKOFF_S)
+            except TimeoutError:
+                fault = Fault("silent", f"not within {self._settings.update_s:g} s")
+            except Fault as caught:
+                fault = caught
+            pause_s = max(wait_s, fault.wait_s)
+            if not fault.passing or loop.time() + pause_s > until:
+                self._say("server_without_weights", version=version, reason=str(fault))
+                raise Fault("no_weights", f"the server could not be given version {version}: {fault}") from None
+            await asyncio.sleep(pause_s)
+            wait_s = min(2 * wait_s, MAX_BACKOFF_S)
         self.version, self._doubtful = version, False
         self._armed.set()
         await asyncio.to_thread(self._weights.forget_older, version)
 
+    async def _change(self, version: int) -> None:
+        """Holds the server, has it read `version` and releases it: also where that fails, or is given up."""
+        try:
+            await self._weights.hold()
+            await self._end_open()
+            await self._weights.update(version)
+            await self._weights.release()
+        except BaseException:
+            with suppress(Fault, TimeoutError):
+                async with asyncio.timeout(ABORT_S):
+                    await self._weights.release()
+            raise
+
     async def _end_open(self) -> None:
-        """Returns when no request is open: they end early, or their connections are closed."""
+        """Returns when no request is open: they end early, or are closed. Raises Fault if some stay."""
         with suppress(TimeoutError):
             async with asyncio.timeout(ABORT_S):
                 await self._none_open.wait()
         for request in self._open:
             request.interrupt()
-        await self._none_open.wait()
+        try:
+            async with asyncio.timeout(ABORT_S):
+                await self._none_open.wait()
+        except TimeoutError:
+            raise Fault("silent", f"{len(self._open)} requests were closed and have not ended") from None
 
     async def _usable(self) -> None:
-        """Returns when the server may be asked. Raises Fault if it can't be reached, or has no weights."""
+        """Returns when the server may be asked; its caller says how long that may take. Raises Fault if it can't be
+        reached, or can't be given its weights."""
         while self._doubtful or not self._armed.is_set():
             if not self._doubtful:
                 await self._armed.wait()
@@ -138,7 +163,7 @@ class Server:
 
     async def _recover(self) -> None:
         async with self._loading:
-            if self._doubtful and await self._weights.held_version() != str(self.version):
+            if self._doubtful and (not self._armed.is_set() or await self._weights.held_version() != str(self.version)):
                 self._say("server_given_weights_again", version=self.version)
                 await self._give(self.version)
             self._doubtful = False

@@ -28,7 +28,8 @@ class ServerSettings:
     weights: Literal["update", "fixed"] = "update"
     """"update": each version is given to the server. "fixed": it keeps what it has, and a second version is refused."""
     weights_folder: str = ""
-    """Where versions are written for the server to read, by its path for both; empty: a folder of the run."""
+    """Where versions are written for the server to read, as RUN/WORKER/VERSION; its path must be the same for both.
+    Empty: a folder of the run."""
     logprobs: Literal["raw", "processed"] = "raw"
     """Whether the server's log-probabilities are of the model, at temperature 1, or of what it sampled from (vLLM:
     --logprobs-mode processed_logprobs). Raw ones can only be used where responses are sampled at temperature 1."""
@@ -39,13 +40,21 @@ class ServerSettings:
     silence_s: Annotated[float, Gt(0)] = 120.0
     """Longest wait for the next bytes of an answer; also while the server has it wait for its turn."""
     stall_s: Annotated[float, Gt(0)] = 240.0
-    """A response that got no further token for this long, whatever was tried, is refused."""
+    """A response that got no further token for this long, whatever was tried, is refused: also while weights are
+    given to the server."""
     max_tries: Annotated[int, Ge(1)] = 6
     """Requests in a row that brought a response no further before it is refused."""
     backoff_s: Annotated[float, Gt(0)] = 0.2
     """Wait after the first failure; it doubles with each, up to 10 s, and a random half of it is left out."""
     update_s: Annotated[float, Gt(0)] = 180.0
-    """Longest wait for one call that gives the server weights."""
+    """Longest time for giving the server a version, whatever was tried."""
+
+    def __post_init__(self) -> None:
+        if self.dialect == "llama.cpp" and self.weights == "update":
+            raise ValueError(
+                'weights must be "fixed" with dialect = "llama.cpp", got "update": such a server takes none while it '
+                'runs; set weights = "fixed", or use another server'
+            )
 
 
 def addresses(base_url: str) -> list[str]:

@@ -14,6 +14,7 @@ llama.cpp has none of these. Knows nothing of requests.
 
 from __future__ import annotations
 
+import reprlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,9 @@ from .settings import ServerSettings
 SHORT_S = 30.0
 """For calls that move no weights."""
 
+MARK = ".headrace"
+"""A file in every folder that was made here; others are nobody's to remove."""
+
 
 class ServerWeights:
     """What one server holds, and how to change it."""
@@ -42,12 +46,16 @@ class ServerWeights:
         """Writes a version for the server to read. Blocks; raises OSError."""
         from ...model import checkpoint
 
-        checkpoint.save(self._folder / str(version), config, tensors)
+        folder = self._folder / str(version)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            (folder / MARK).touch()
+        checkpoint.save(folder, config, tensors)
 
     def forget_older(self, version: int) -> None:
         """Removes what was written of versions before this one. Blocks."""
         for folder in self._folder.iterdir():
-            if folder.name.isdecimal() and int(folder.name) < version:
+            if folder.name.isdecimal() and int(folder.name) < version and (folder / MARK).exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
     async def hold(self) -> None:
@@ -70,7 +78,9 @@ class ServerWeights:
             body = {"model_path": folder, "weight_version": str(version), "flush_cache": True}
             answer = await self._post("/update_weights_from_disk", body, wait_s)
             if not isinstance(answer, dict) or answer.get("success") is not True:
-                raise Fault("no_weights", f"/update_weights_from_disk did not take version {version}: {answer}")
+                raise Fault(
+                    "no_weights", f"/update_weights_from_disk did not take version {version}: {reprlib.repr(answer)}"
+                )
         elif self._settings.dialect == "vllm":
             body = {"method": "reload_weights", "kwargs": {"weights_path": folder}, "timeout": wait_s}
             await self._post("/collective_rpc", body, wait_s)
@@ -87,7 +97,7 @@ class ServerWeights:
                 raise
             return None
         version = answer.get("weight_version") if isinstance(answer, dict) else None
-        return None if version is None else str(version)
+        return str(version) if isinstance(version, str | int) else None
 
     async def _post(self, path: str, body: Mapping[str, Any] | None = None, deadline_s: float = SHORT_S) -> Any:
         try:
