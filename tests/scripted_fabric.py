@@ -317,7 +317,7 @@ class Process:
 
     async def _retire(self, epoch: int) -> None:
         while self.communicator.waits():  # noqa: ASYNC110 (as a thread would wait for the other)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
         await self._or_die(self.communicator.retire(epoch))
 
     async def _or_die(self, work: Coroutine[Any, Any, None]) -> None:

@@ -179,7 +179,8 @@ def test_a_publisher_that_is_silent_ends_the_transfer_and_the_epoch_is_over():
     ends = Ends(1)
     manifest, route = ends.source.publish(1, tensors(1)), ends.route(1, 0, stall_s=0.2)
     come(ends, 0, route)
-    with pytest.raises(TransferFailed, match=r"engine0, rank 1 of 2 in epoch 0, .*: nothing moved for 0.2 s \(0 of 12"):
+    waited = r"nothing moved for 0.2 s, waiting for bucket 0 from rank 0 \(0 of 12 waves"
+    with pytest.raises(TransferFailed, match=rf"engine0, rank 1 of 2 in epoch 0, .*: {waited}"):
         ends.sinks[0].receive(manifest, route)
     with pytest.raises(TransferFailed, match="epoch 0 is over here; repeat the transfer under a higher one"):
         ends.sinks[0].receive(manifest, route)
@@ -323,6 +324,7 @@ def run_stub(stub: str, *cases: str) -> tuple[list[Any], subprocess.CompletedPro
     return [json.loads(line) for line in done.stdout.splitlines()], done
 
 
+@pytest.mark.slow
 def test_cupys_binding_moves_whole_weights_and_every_fault_is_over_after_an_abort(stub: str):
     """cupy lets go of the GIL in calls that hang, and an abort from another thread ends them."""
     whole = ["sent", "whole", "whole"]

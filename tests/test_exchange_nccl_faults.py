@@ -91,13 +91,13 @@ def test_without_faults_all_get_every_version():
 @pytest.mark.parametrize("member", MEMBERS)
 def test_every_fault_at_every_step(member: str):
     struck = 0
-    for fault in faults([member], nths=(1, 2, 4)):
+    for fault in faults([member], nths=(1, 2)):
         cluster = live_through([fault])
         struck += bool(cluster.world.struck)
         killed = {name for name, process in cluster.processes.items() if process.deaths}
         if cluster.world.struck and fault.step != "init":
             assert killed <= {member}, (fault, killed, "a fault costs nobody else his process")
-    assert struck > 60
+    assert struck > 50
 
 
 def pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[Fault, Fault]]:
@@ -106,7 +106,7 @@ def pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[Fault, Faul
 
 
 def test_two_faults_in_a_row():
-    for script in random.Random(0).sample(pairs(MEMBERS, MEMBERS), 250):
+    for script in random.Random(0).sample(pairs(MEMBERS, MEMBERS), 120):
         live_through(script)
 
 

@@ -264,28 +264,33 @@ class Communicator:
         finished, since, checked = 0, clock(), clock()
         try:
             while True:
-                check = clock() - checked >= self._limits.check_s or finished == len(waves)
+                at_end = finished == len(waves) and enqueued.done()
+                check = at_end or clock() - checked >= self._limits.check_s
                 before, finished = finished, await self._look(run, finished, check)
-                if check:
-                    checked = clock()
                 if enqueued.done():
                     enqueued.result()
-                    if check and before == len(waves):
-                        return
-                allowed_s = stall_s if self._connected else max(stall_s, self._limits.connect_s)
+                if at_end:
+                    return  # With a look for errors after the last wave.
+                if check:
+                    checked = clock()
                 if finished > before:
                     since, self._connected = clock(), True
-                elif clock() - since > allowed_s:
-                    raise TransferFailed(
-                        f"{self._where()}: nothing moved for {allowed_s:.3g} s ({finished} of {len(waves)} waves)"
-                    )
-                if clock() > run.due:
-                    raise TransferFailed(f"{self._where()}: the deadline has passed ({finished} of {len(waves)} waves)")
-                if finished < len(waves) or not enqueued.done():
-                    await _pause(run.told, self._limits.poll_s)
                 self._heed(run)
+                self._require_progress(run, waves, finished, since, stall_s)
+                await asyncio.sleep(self._limits.poll_s)
         finally:
             _give_up(enqueued)
+
+    def _require_progress(self, run: _Run, waves: Sequence[Wave], finished: int, since: float, stall_s: float) -> None:
+        """Raises TransferFailed if the next wave, or all of it, takes too long."""
+        waited_for = waves[finished].label if finished < len(waves) else "what was enqueued last"
+        allowed_s = stall_s if self._connected else max(stall_s, self._limits.connect_s)
+        stalled, late = run.loop.time() - since > allowed_s, run.loop.time() > run.due
+        if stalled or late:
+            why = f"nothing moved for {allowed_s:.3g} s" if stalled else "the deadline has passed"
+            raise TransferFailed(
+                f"{self._where()}: {why}, waiting for {waited_for} ({finished} of {len(waves)} waves are done)"
+            )
 
     def _enqueue(self, run: _Run, fabric: Fabric, waves: Sequence[Wave]) -> None:
         """On the lane for calls."""
@@ -403,9 +408,3 @@ async def _idle(calls: Lane, looks: Lane, within_s: float) -> bool:
         await asyncio.sleep(pause)
         pause = min(2 * pause, 0.05)
     return True
-
-
-async def _pause(told: asyncio.Event, seconds: float) -> None:
-    """Sleeps, unless it is told to stop."""
-    if not told.is_set():
-        await asyncio.sleep(seconds)
