@@ -111,12 +111,12 @@ async def test_at_the_prompt(tmp_path):
 async def test_what_is_evaluated_inside_an_actor_comes_between_two_messages(tmp_path):
     async with running(tmp_path, ("subject", Subject(), "one")) as (system, link):
         subject = system.find("subject")
-        calls = [asyncio.create_task(subject.add()) for _ in range(300)]
-        for _ in range(30):
+        calls = [asyncio.create_task(subject.add()) for _ in range(150)]
+        for _ in range(20):
             source = "n = self.count\nawait asyncio.sleep(0)\nself.count = n + 1"
             assert (await asyncio.to_thread(link.ask, "evaluate", actor="subject", source=source))[0] == "value"
         await asyncio.gather(*calls)
-        assert await subject.add() == 331
+        assert await subject.add() == 171
 
         napping = asyncio.create_task(subject.nap(0.3))
         await until(lambda: link.ask("tree")["actors"][0]["running"] == ["nap"])
@@ -159,7 +159,7 @@ async def test_an_endless_loop_is_ended_and_the_actor_lives_on(tmp_path):
 async def test_a_blocked_loop_and_a_blocked_root_are_looked_into(tmp_path):
     spec = {"one": NodeSpec(name="one", hang_s=None)}
     async with running(tmp_path, ("stuck", Stuck(), "one"), ("here", Stuck(), "root"), nodes=spec) as (system, link):
-        working = asyncio.create_task(system.find("stuck").synchronous_work(1.5))
+        working = asyncio.create_task(system.find("stuck").synchronous_work(0.8))
         await until(lambda: link.ask("peek", actor="stuck", path="where") == "'inside'")
         stack = await asyncio.to_thread(link.ask, "stack", name="stuck")
         assert "in synchronous_work" in stack and not working.done()
@@ -175,7 +175,7 @@ async def test_a_blocked_loop_and_a_blocked_root_are_looked_into(tmp_path):
 
         looking = threading.Thread(target=look)
         looking.start()
-        await system.find("here").synchronous_work(1.5)
+        await system.find("here").synchronous_work(0.8)
         assert seen["peek"] == "'inside'" and "where" in seen["names"]
         await asyncio.to_thread(looking.join)
 

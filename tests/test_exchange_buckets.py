@@ -16,7 +16,7 @@ from test_exchange_plan import TINY, Arrays, arrays_of, layouts, whole_arrays
 
 from headrace.actors.model.shards import engine_holding, matrices, trainer_holding
 from headrace.runtime.errors import BadWeights, CorruptWeights
-from headrace.runtime.exchange import Intake, Publisher, fp8
+from headrace.runtime.exchange import Intake, Publisher, Receiver, fp8
 from headrace.runtime.exchange.buckets import Schedule
 from headrace.runtime.exchange.header import BucketHeader, stored
 from headrace.runtime.exchange.holding import Held, Holding, Part, Whole
@@ -275,3 +275,21 @@ def test_what_can_not_travel_as_fp8_is_refused() -> None:
         fp8.shrink({"w": np.zeros(2, np.int32)}, {"w"})
     with pytest.raises(CorruptWeights, match="codes without scales: w@scales"):
         fp8.restore({"w@fp8:<f4": np.zeros((1, 2), np.uint8)})
+
+
+def test_a_receiver_of_shared_memory_takes_the_boxes_of_a_plan() -> None:
+    source = trainer_holding(TINY)
+    dest = engine_holding(TINY, engines=1, tp=2, ep=4, fuse_qkv=True, first=1)
+    plan, wholes = make_plan(source, dest), whole_arrays(source)
+    publisher, receiver = Publisher("weights"), Receiver()
+    try:
+        manifest = publisher.publish(1, arrays_of(source, wholes)[0])
+        for rank, wanted in arrays_of(dest, wholes).items():
+            into = {name: np.zeros(shape, stored(dtype)) for name, (dtype, shape) in dest.local(rank).items()}
+            receiver.receive(manifest, into=into, copies=plan.copies(dest=rank))
+            assert into.keys() == wanted.keys()
+            for name, array in wanted.items():
+                np.testing.assert_array_equal(into[name], array)
+    finally:
+        receiver.close()
+        publisher.close()

@@ -1,4 +1,4 @@
-"""`import headrace`: light, and every public name is the runtime's."""
+"""`import headrace`: light, and every public name is the runtime's, or that of a cluster inside a program."""
 
 import subprocess
 import sys
@@ -6,12 +6,14 @@ import sys
 import pytest
 
 import headrace
+import headrace.cluster
 import headrace.runtime
 
 
 @pytest.mark.parametrize("name", headrace.__all__)
-def test_names_are_those_of_the_runtime(name: str) -> None:
-    assert getattr(headrace, name) is getattr(headrace.runtime, name)
+def test_names_are_those_of_the_runtime_and_of_cluster(name: str) -> None:
+    home = headrace.runtime if hasattr(headrace.runtime, name) else headrace.cluster
+    assert getattr(headrace, name) is getattr(home, name)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -14,10 +14,12 @@ from ranked import gang
 
 from headrace.actors.model.config import ModelConfig
 from headrace.actors.model.qwen3_moe import Qwen3Moe
+from headrace.actors.rollout.engine import Engine
 from headrace.actors.rollout.parallel.balance import Balance, Balancing
 from headrace.actors.rollout.parallel.lost import RankLost
 from headrace.actors.rollout.parallel.mesh import Mesh
 from headrace.actors.rollout.parallel.part import first_placements
+from headrace.actors.rollout.requests import Request
 from headrace.actors.rollout.runner import Batch, Runner
 from headrace.actors.rollout.single import SingleRunner
 from headrace.kernels.placement import Placement
@@ -138,6 +140,38 @@ def test_the_workers_own_load_moves_experts_that_are_busy_together(tmp_path: Pat
         assert (ours - theirs).abs().max() < 1e-4
 
 
+def answers(engine: Engine) -> dict[tuple[int, int], tuple[list[int], list[float]]]:
+    """Of some greedy requests and a sampled one, prompts of up to 40 tokens."""
+    random = np.random.default_rng(4)
+    for key, length in enumerate((3, 40, 17)):
+        prompt = random.integers(1, CONFIG.vocab_size, length).astype(np.int32)
+        temperature = 0.0 if key < 2 else 1.0
+        engine.submit(
+            Request(
+                key=key, ordinal=key, prompt=prompt, members=[0, 1], max_new_tokens=30, temperature=temperature
+            )
+        )  # fmt: skip
+    found: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
+    while engine.num_live or engine.num_waiting:
+        for chunk in engine.step():
+            tokens, logprobs = found.setdefault((chunk.key, chunk.member), ([], []))
+            tokens += chunk.tokens.tolist()
+            logprobs += chunk.logprobs.tolist()
+    return found
+
+
+@pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(ep=2), Mesh(sp=2), Mesh(tp=2, ep=2)])
+def test_an_engine_over_ranks_writes_what_one_writes_alone(mesh: Mesh, tmp_path: Path) -> None:
+    limits = {"num_slots": 6, "max_prompt_tokens": 40, "max_new_tokens": 30, "eos_id": 0, "seed": 5, "version": 1}
+    expected = answers(Engine(CONFIG, weights(), **limits))
+    with gang(CONFIG, mesh, tmp_path / "meeting", split_tokens=6, **PAGES) as ranks:
+        given = answers(Engine(CONFIG, ranks.part(weights()), runner=ranks.runner, **limits))
+    assert given.keys() == expected.keys()
+    for key, (tokens, logprobs) in expected.items():
+        assert given[key][0] == tokens
+        assert given[key][1] == pytest.approx(logprobs, abs=1e-4)
+
+
 def test_new_weights_count_for_all_ranks_from_the_same_step_on(tmp_path: Path) -> None:
     other = {name: np.roll(array, 1, -1) for name, array in weights().items()}
     alone = single()
@@ -160,7 +194,8 @@ def test_pages_are_copied_and_cleared_at_all_ranks(tmp_path: Path) -> None:
     with gang(CONFIG, Mesh(tp=2), tmp_path / "meeting", **PAGES) as ranks:
         ranks.runner.load(ranks.runner.prepare(ranks.part(weights())))
         for runner in (alone, ranks.runner):
-            runner.run(first)
+            unwanted = runner.run(replace(first, wanted=np.zeros(0, np.int64)))
+            assert unwanted.logits.shape == (0, CONFIG.vocab_size)
             runner.copy_pages(np.arange(20), np.arange(20, 40))
             runner.clear_pages(np.arange(20))
         assert (ranks.runner.run(moved).logits - alone.run(moved).logits).abs().max() < 1e-4

@@ -34,31 +34,21 @@ class DecodePlan:
 
     def __init__(self, data: Tensor, size: int, positions: np.ndarray, tables: np.ndarray) -> None:
         self._num = num = len(positions)
-        per_block = data.shape[4] // size
-        held = positions // size + 1
-        pages = tables[np.arange(tables.shape[1]) < held[:, None]].astype(np.int64)
-        owners = np.repeat(np.arange(num), held)
-        filled = np.full(len(pages), size)
-        filled[np.cumsum(held) - 1] = positions % size + 1
-        blocks = pages // per_block
-        reader = np.full(int(blocks.max()) + 1, num)
-        reader[blocks] = owners
-        shared = np.zeros(len(reader), bool)
-        shared[blocks[reader[blocks] != owners]] = True
-        reads = _Reads(size, per_block, num)
-        if not shared.any():
-            self._parts: list[_Alone | _Shared] = [_Alone(data, *reads.in_place(pages, owners, filled, reader))]
-            return
-        theirs = shared[blocks]
-        if len(pages) <= FEW_BLOCKS * per_block:
-            self._parts = [_Alone(data, *reads.gathered(pages, owners, filled))]
-            return
-        reader[shared] = num
-        mine = ~theirs
-        self._parts = [
-            _Alone(data, *reads.in_place(pages[mine], owners[mine], filled[mine], reader)),
-            *_shared(data, *reads.gathered(pages[theirs], owners[theirs], filled[theirs])),
-        ]
+        blocks, owners, begins, ends = _runs(positions, tables, size, data.shape[4] // size)
+        column = np.arange(data.shape[4])
+        seen = (column >= begins[:, None]) & (column < ends[:, None])
+        bias = np.where(seen, np.float32(0), np.float32(-np.inf))
+        readers = np.bincount(blocks)
+        alone = readers[blocks] == 1
+        if alone.all():
+            self._parts: list[_Alone | _Shared] = [_in_place(data, blocks, owners, bias, num)]
+        elif len(blocks) <= FEW_BLOCKS:
+            self._parts = [_Alone(data, blocks, owners, bias, num)]
+        else:
+            self._parts = [
+                _in_place(data, blocks[alone], owners[alone], bias[alone], num),
+                *_shared(data, blocks[~alone], owners[~alone], bias[~alone], num),
+            ]
 
     def __call__(self, layer: int, q: Tensor, score_bound: float) -> Tensor:
         """q [S, H, D], of which no score is larger than `score_bound` in magnitude -> [S, H * D]."""
@@ -80,39 +70,36 @@ class DecodePlan:
         return (out.view(-1, heads, width) / total.unsqueeze(-1))[: self._num].flatten(1)
 
 
-class _Reads:
-    """Who reads which block, and which of its tokens: (blocks or None for all, owners [N], bias [N, tokens])."""
+def _runs(
+    positions: np.ndarray, tables: np.ndarray, size: int, per_block: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Neighbouring pages that one sequence reads in one block: the block, who reads, from which token of it to which.
 
-    def __init__(self, size: int, per_block: int, num: int) -> None:
-        self._size, self._per_block, self._num = size, per_block, num
+    int64 [N] each.
+    """
+    num, held = len(positions), positions // size + 1
+    pages = tables[np.arange(tables.shape[1]) < held[:, None]].astype(np.int64)
+    lasts = np.cumsum(held)
+    first = np.empty(len(pages), bool)
+    first[1:] = pages[1:] != pages[:-1] + 1
+    first |= pages % per_block == 0
+    first[lasts - held] = True
+    starts = np.flatnonzero(first)
+    begins = pages[starts] % per_block * size
+    ends = begins + np.diff(starts, append=len(pages)) * size
+    run = np.searchsorted(starts, lasts - 1, side="right")
+    ends[run - 1] -= size - 1 - positions % size
+    return pages[starts] // per_block, np.repeat(np.arange(num), np.diff(run, prepend=0)), begins, ends
 
-    def _bias(self, rows: int, pages: np.ndarray, filled: np.ndarray) -> np.ndarray:
-        """Of `rows` blocks: 0 for the first `filled` tokens of `pages`, -inf elsewhere."""
-        bias = np.full((rows * self._per_block, self._size), -np.inf, np.float32)
-        bias[pages] = 0
-        part = filled < self._size
-        ends = np.arange(self._size) >= filled[part][:, None]
-        bias[pages[part]] = np.where(ends, np.float32(-np.inf), np.float32(0))
-        return bias.reshape(rows, -1)
 
-    def in_place(
-        self, pages: np.ndarray, owners: np.ndarray, filled: np.ndarray, reader: np.ndarray
-    ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray, int]:
-        """Blocks with one reader each: all of the pool up to the last, if most of them are read."""
-        bias = self._bias(len(reader), pages, filled)
-        used = np.flatnonzero(reader < self._num)
-        if len(used) < DENSE_SHARE * len(reader):
-            return used, reader[used], bias[used], self._num
-        bias[reader == self._num] = 0
-        return None, reader, bias, self._num
-
-    def gathered(
-        self, pages: np.ndarray, owners: np.ndarray, filled: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Blocks as often as they have readers, in the order of the pool."""
-        pairs, row = np.unique(pages // self._per_block * self._num + owners, return_inverse=True)
-        bias = self._bias(len(pairs), row * self._per_block + pages % self._per_block, filled)
-        return pairs // self._num, pairs % self._num, bias, self._num
+def _in_place(data: Tensor, blocks: np.ndarray, owners: np.ndarray, bias: np.ndarray, num: int) -> _Alone:
+    """Blocks that differ: all of the pool up to the last, if most of them are among them."""
+    end = int(blocks.max()) + 1
+    if len(blocks) < DENSE_SHARE * end or data.device.type != "cpu":
+        return _Alone(data, blocks, owners, bias, num)
+    of_block, biases = np.full(end, num), np.zeros((end, bias.shape[1]), np.float32)
+    of_block[blocks], biases[blocks] = owners, bias
+    return _Alone(data, None, of_block, biases, num)
 
 
 class _Alone:
@@ -187,7 +174,9 @@ class _Shared:
 
 
 def _shared(data: Tensor, blocks: np.ndarray, owners: np.ndarray, bias: np.ndarray, num: int) -> list[_Shared]:
-    """`blocks` ascend, each as often as it has readers."""
+    """Each block as often as it has readers."""
+    order = np.argsort(blocks, kind="stable")
+    blocks, owners, bias = blocks[order], owners[order], bias[order]
     each = np.bincount(blocks)[blocks]
     parts = []
     while len(blocks):

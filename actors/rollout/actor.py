@@ -54,8 +54,9 @@ class Rollout(Worker):
     """Responses that are generated at once."""
     chunk_tokens: Annotated[int, Ge(1)] = 32
     """Tokens of a response between two chunks: what a kill costs at most."""
-    page_tokens: Annotated[int, Ge(1)] = 8
-    """Tokens whose keys and values lie together. Half a page of each response is empty; small pages cost time."""
+    page_tokens: Annotated[int, Ge(1)] = 4
+    """Tokens whose keys and values are given room together. Half a page of each response is empty; for contexts of
+    thousands of tokens 16 makes shorter tables."""
     kv_tokens: Annotated[int, Ge(0)] = 0
     """Room for keys and values of so many tokens; 0: for all slots at their longest. Less has responses wait."""
     routes: bool = False

@@ -25,10 +25,13 @@ from torch import Tensor
 from ..model.config import ModelConfig
 from ..philox import Stream, uniforms
 from ..types import Finish, Origin
+from .layout import lay_out
 from .requests import Chunk, Request, check_request
-from .runner import Batch, Runner
+from .room import check_room
+from .room import enough_pages as enough_pages
+from .runner import Runner
 from .sampling import sample
-from .scheduler import NUM_AHEAD, RESERVE_SHARE, Scheduler
+from .scheduler import Scheduler
 from .single import SingleRunner
 from .slots import Slots
 from .stops import Detokenize, stops
@@ -109,7 +112,7 @@ class Engine:
                 config, num_pages=num_pages, page_tokens=page_tokens, routes=routes, fixed_shapes=fixed_shapes
             )
         max_pages = -(-max_len // runner.page_tokens)
-        _check_room(config, runner, max_len, max_pages)
+        check_room(config, runner, max_len, max_pages)
         self._runner = runner
         self._config = config
         self._version = version
@@ -282,7 +285,7 @@ class Engine:
 
     def _run(self, live: int, chunks: Sequence[tuple[Waiting, int]]) -> Tensor:
         """One pass over the first `live` responses, all or none, and `chunks`; the logits of the former, [live, V]."""
-        out = self._runner.run(self._batch(live, chunks))
+        out = self._runner.run(lay_out(self._slots, live, chunks))
         if live and out.routes is not None:
             self._slots.keep_routes(out.routes[:live])
         done, row, token = [], live, live
@@ -299,29 +302,6 @@ class Engine:
         if done:
             self._draw_randoms(done)
         return out.logits[:live]
-
-    def _batch(self, live: int, chunks: Sequence[tuple[Waiting, int]]) -> Batch:
-        if not chunks:
-            tokens, positions = self._slots.feed()
-            return Batch(tokens, positions, np.ones(live, np.int64), self._slots.tables(), live, np.arange(live))
-        fed = self._slots.feed() if live else (np.zeros(0, np.int64), np.zeros(0, np.int64))
-        own = self._slots.tables() if live else np.zeros((0, 0), np.int32)
-        width = max([own.shape[1], *(len(w.pages) for w, _ in chunks if w.pages is not None)])
-        tables = np.zeros((live + len(chunks), width), np.int32)
-        tables[:live, : own.shape[1]] = own
-        for row, (waiting, _) in zip(tables[live:], chunks, strict=True):
-            assert waiting.pages is not None
-            row[: len(waiting.pages)] = waiting.pages
-        ranges = [(w, w.num_cached, w.num_cached + count) for w, count in chunks]
-        ends = [live + i for i, (w, _, end) in enumerate(ranges) if end == len(w.tokens)]
-        return Batch(
-            tokens=np.concatenate([fed[0], *(w.tokens[begin:end] for w, begin, end in ranges)], dtype=np.int64),
-            positions=np.concatenate([fed[1], *(np.arange(begin, end) for _, begin, end in ranges)]),
-            counts=np.array([1] * live + [count for _, count in chunks]),
-            tables=tables,
-            num_decode=live,
-            wanted=np.array([*range(live), *ends], np.int64),
-        )
 
     def _draw_randoms(self, done: Sequence[Waiting]) -> None:
         members = [w.request.members[index] for w in done for index in w.indices]
@@ -426,22 +406,3 @@ class Engine:
             self._preempt(self._slots.newest())
         self._scheduler.forget_computed()
         self._runner.clear_pages(np.arange(self._runner.num_pages))
-
-
-def enough_pages(num_slots: int, max_prompt_tokens: int, max_new_tokens: int, page_tokens: int) -> int:
-    """Pages with which no response ever waits for one or gives way: all slots at their longest, and what comes next."""
-    live = num_slots * -(-(max_prompt_tokens + max_new_tokens) // page_tokens)
-    return live + NUM_AHEAD * -(-max_prompt_tokens // page_tokens) + int(num_slots * RESERVE_SHARE) + 1
-
-
-def _check_room(config: ModelConfig, runner: Runner, max_len: int, max_pages: int) -> None:
-    if max_len > config.max_positions:
-        raise ValueError(
-            f"sequences of {max_len} tokens are longer than the model's max_positions {config.max_positions}; "
-            "raise model.max_positions or shorten prompts or answers"
-        )
-    if runner.num_pages < max_pages + 1:
-        raise ValueError(
-            f"a response may need {max_pages} pages of {runner.page_tokens} tokens, and one is always left over, but "
-            f"the KV memory has {runner.num_pages}; raise kv_tokens to {(max_pages + 1) * runner.page_tokens} or more"
-        )

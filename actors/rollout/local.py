@@ -145,8 +145,8 @@ class LocalBackend:
         idle = not self._busy_since
         for _ in range(STEPS_PER_TURN):
             chunks += engine.step()
-            if not engine.num_live or (idle and chunks):
-                break
+            if not engine.num_live or (idle and chunks) or self._cancelled:
+                break  # Whoever waits for a first token, or has left, waits for no whole turn.
         if self._watch is not None:
             chunks += self._look(engine, self._watch, submitted, cancelled, chunks)
         more = engine.num_live + engine.num_waiting > 0

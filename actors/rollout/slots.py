@@ -23,6 +23,8 @@ class Slots:
         self.num_live = 0
         self._page_tokens = page_tokens
         self._num_admitted = 0
+        self._ever_truncated = self._ever_watched = False
+        """Whether any request has asked for truncation or stops: until then no step looks"""
         # By slot.
         self._row = np.arange(num_slots)
         self._key = np.zeros(num_slots, np.int64)
@@ -88,7 +90,9 @@ class Slots:
         self._num_admitted += len(indices)
         self._temperature[new] = request.temperature
         self._top_k[new], self._top_p[new], self._min_p[new] = request.top_k, request.top_p, request.min_p
-        self._watched[new] = bool(request.stop or request.stop_strings)
+        self._watched[new] = watched = bool(request.stop or request.stop_strings)
+        self._ever_watched |= watched
+        self._ever_truncated |= bool(request.top_k) or request.top_p < 1 or request.min_p > 0
         self._begun[new] = self._told[new] = False
         self._last[new] = request.prompt[-1]
         self._position[new] = len(request.prompt) - 1
@@ -166,6 +170,8 @@ class Slots:
 
     def truncation(self) -> dict[str, np.ndarray]:
         """top_k int64, top_p and min_p float32 of the live responses, each only if any of them asks for it."""
+        if not self._ever_truncated:
+            return {}
         live = slice(self.num_live)
         settings = (("top_k", self._top_k, 0), ("top_p", self._top_p, 1), ("min_p", self._min_p, 0))
         return {name: values[live] for name, values, off in settings if (values[live] != off).any()}
@@ -188,7 +194,7 @@ class Slots:
 
     def watched(self) -> np.ndarray:
         """Slots of responses that stop sequences or texts may end, int64 [n]."""
-        return np.flatnonzero(self._watched[: self.num_live])
+        return np.flatnonzero(self._watched[: self.num_live]) if self._ever_watched else np.zeros(0, np.int64)
 
     def asked(self, slot: int) -> Request:
         """The request of a response; its prefixes are of the time it was given a slot."""

@@ -42,8 +42,8 @@ from headrace.runtime.rundir import RunSpec
 SIZES = (16, 64, 256)
 PROMPT_TOKENS, NEW_TOKENS = 24, 97
 ROUNDS = 5
-PAGE_TOKENS = 8
-"""As Rollout.page_tokens."""
+PAGE_TOKENS = Rollout.page_tokens
+"""The default."""
 SWAPS = 12
 
 

@@ -158,7 +158,7 @@ def compare(work: Work, folder: Path) -> dict[str, float]:
             logits = model(torch.from_numpy(np.concatenate([prompt, tokens])[None].astype(np.int64))).logits[0]
         expected = torch.log_softmax(logits, -1)[np.arange(len(tokens)) + len(prompt) - 1, tokens].numpy()
         worst = max(worst, float(np.abs(expected - logprobs).max()))
-    return {"greedy_equal_ratio": min(equal), "logprob_max_difference": worst}
+    return {"greedy_equal_ratio": min(equal), "logprob_difference_millionths": 1e6 * worst}
 
 
 ENGINES = {"headrace": headrace, "static": static, "continuous": continuous}

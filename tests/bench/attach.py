@@ -93,8 +93,11 @@ def _job(folder: Path, say: Say) -> Iterator[Path]:
         yield run
     finally:
         job.terminate()
-        job.terminate()
-        job.wait()
+        try:
+            job.wait(5.0)  # The first signal has it finish its step; the second one ends it at once.
+        except subprocess.TimeoutExpired:
+            job.terminate()
+            job.wait(30.0)
 
 
 def _prompts(run: Path, state: Path) -> dict[str, float]:

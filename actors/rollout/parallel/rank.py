@@ -97,6 +97,8 @@ class Rank:
         for index, weights in enumerate(self._weights.layers):
             x, ids_TK = self._layer(index, x, weights, turn, attend, share)
             routes.append(ids_TK)
+        if not len(batch.wanted):
+            return [x.new_empty(0, len(self._weights.head))] * self._place.mesh.size, routes
         last = x if len(batch.wanted) == len(x) else x[torch.from_numpy(batch.lasts).to(device)]
         logits = F.linear(unit_rms(last, self.config.rms_norm_eps), self._weights.head)
         return self.link.to_first(logits), routes
