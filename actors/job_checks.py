@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 from ..runtime import toml
 from ..runtime.cluster import ClusterSpec
+from ..runtime.copies import copy_name
 from ..runtime.pool import SamplePool
 from ..runtime.toml import Document
 from .algorithms.load import needs_critic
 from .carriers import carriers
 from .rollout import Rollout
+from .rollout.openai.settings import address_of
 from .stream.policy import stream_policy
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def check_job(document: Document, job: Job) -> None:
     _check_algorithm(document, job)
     _check_lengths(document, job)
     _check_ranks(document, job)
+    _check_servers(document, job)
     _check_stream(document, job)
     _check_weights(document, job)
     _check_carrier(document, job)
@@ -55,6 +58,16 @@ def _check_roles(document: Document, job: Job) -> None:
                 ("actors", role, "count"),
                 f"must be 1, got {count}: the controller asks one {role}; only {', '.join(SEVERAL)} may be several",
             )
+
+
+def _check_servers(document: Document, job: Job) -> None:
+    """Each rollout worker that asks a server has one of its own."""
+    spec = job.cluster.actors["rollout"]
+    if isinstance(spec.instance, Rollout) and spec.instance.engine == "openai":
+        try:
+            address_of(spec.instance.base_url, copy_name("rollout", spec.count))
+        except ValueError as error:
+            raise document.error(("actors", "rollout", "base_url"), str(error).removeprefix("base_url ")) from None
 
 
 def _check_task(document: Document, job: Job) -> None:

@@ -49,6 +49,7 @@ def launch_main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--check", action="store_true", help="validate everything, start nothing")
     parser.add_argument("--resume", action="store_true", help="go on with the run from its last checkpoint")
+    parser.add_argument("--attach", action="store_true", help="a prompt into the run, which goes on without it")
     parser.add_argument("--plain", action="store_true", help="one line per step, also on a terminal")
     options = parser.parse_args(arguments)
     # Until the run has handlers of its own.
@@ -75,6 +76,10 @@ def _launch(options: argparse.Namespace) -> int:
     if options.check:
         print(job.describe())
         return 0
+    if options.attach:
+        from .attached import launch_attached
+
+        return launch_attached(job.run.path, _without_attach(options))
     with job.open_run(resume=options.resume) as run:
         with uninterrupted():
             import uvloop
@@ -84,6 +89,12 @@ def _launch(options: argparse.Namespace) -> int:
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLD)
         return uvloop.run(_Launch(job, run, plain=options.plain or not sys.stdout.isatty()).run())
+
+
+def _without_attach(options: argparse.Namespace) -> list[str]:
+    """The arguments again."""
+    settings = [argument for setting in options.set for argument in ("--set", setting)]
+    return [options.cluster, *settings, *(["--resume"] if options.resume else [])]
 
 
 class _Launch:

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import queue
 import random
 import socket
 import stat
@@ -123,6 +124,16 @@ async def test_what_is_evaluated_inside_an_actor_comes_between_two_messages(tmp_
         assert napping.done() and evaluated == ["value", "'after the nap'"]
 
 
+def interrupted(link, actor, source):
+    """What came of code that was cancelled as soon as it ran. Not on the root's loop, which may be held up by it."""
+    ended: queue.SimpleQueue = queue.SimpleQueue()
+    asked = link.start("evaluate", lambda kind, value: ended.put(value), {"actor": actor, "source": source})
+    while ended.empty() and not any(row["name"] == actor and row["running"] for row in link.ask("tree")["actors"]):
+        time.sleep(0.01)
+    link.cancel(asked)
+    return ended.get(timeout=30)
+
+
 async def test_an_endless_loop_is_ended_and_the_actor_lives_on(tmp_path):
     actors = ("subject", Subject(), "one"), ("computer", Computer(), "two"), ("here", Subject(), "root")
     async with running(tmp_path, *actors) as (system, link):
@@ -130,14 +141,9 @@ async def test_an_endless_loop_is_ended_and_the_actor_lives_on(tmp_path):
         for name in ("subject", "computer", "here"):
             nap_s = 0.05 if name == "computer" else 30  # Outside of the main thread, C code runs to its end.
             for source in ("while True: pass", f"import time\nwhile True: time.sleep({nap_s})"):
-                ended: list[object] = []
-                asked = link.start(
-                    "evaluate", lambda kind, value, ended=ended: ended.append(value), {"actor": name, "source": source}
-                )
-                await asyncio.sleep(0.1)
-                await asyncio.to_thread(link.cancel, asked)
-                await until(lambda ended=ended: ended)
-                assert isinstance(ended[0], KeyboardInterrupt)
+                ended = await asyncio.to_thread(interrupted, link, name, source)
+                late = isinstance(ended, list) and "it held up the loop" in ended[1]
+                assert isinstance(ended, KeyboardInterrupt) or (late and name != "computer")
                 assert await system.find(name).add() > 0
         told = await asyncio.gather(
             asyncio.to_thread(link.ask, "evaluate", actor="subject", source="while True: pass"),

@@ -10,6 +10,7 @@ from console import Console
 from sample_actors import until
 
 from headrace.runtime import System
+from headrace.runtime.inspector import steady
 
 
 @pytest.fixture
@@ -33,8 +34,8 @@ async def test_a_conversation(tmp_path, state):
             console.write("def double(x):\rreturn x * 2\r\rdouble(21)\r")
             console.read_until("42", ">>>")
             console.write("await subject.nap(60)\r")
-            while "nap" not in str(working := [row for row in system.node.wait_rows() if row["method"] == "nap"]):
-                pass
+            while not (working := [row for row in steady(system.node.wait_rows) if row["method"] == "nap"]):
+                time.sleep(0.01)
             assert working[0]["owner"].startswith("attach-")
             console.write("\x03")
             console.read_until("KeyboardInterrupt", ">>>")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,28 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
         assert job.finish(15) == 130, job.errors
     assert "Traceback" not in job.output + job.errors
     assert job.left_behind() == []
+
+
+def test_with_attach_the_prompt_is_here_and_the_run_goes_on_without_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "headrace", "launch", str(CLUSTER), "--attach"]
+    command += ["--set", f"run.directory={tmp_path}", "--set", "run.name=seen"]
+    done = subprocess.run(
+        command, input="print(tree())\n", capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    try:
+        assert done.returncode == 0, done.stderr
+        assert "controller" in done.stdout and "the run goes on" in done.stdout
+    finally:
+        pid = int(done.stdout.split("the run is process ")[1].split(";")[0])
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGINT)
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+    again = subprocess.run(command, input="", capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 2 and "seen" in again.stderr, again.stderr
 
 
 @pytest.mark.parametrize("delay_s", [0.02, 0.15, 0.4])

@@ -16,7 +16,7 @@ from headrace.actors.rollout import Rollout
 from headrace.actors.rollout.openai.answer import Answer
 from headrace.actors.rollout.openai.faults import KINDS, Fault
 from headrace.actors.rollout.openai.protocol import Event, completion_body, read_event
-from headrace.actors.rollout.openai.settings import check_base_url
+from headrace.actors.rollout.openai.settings import address_of, addresses
 from headrace.actors.rollout.requests import Request
 from headrace.actors.types import Sampling
 from headrace.runtime.toml import ConfigError
@@ -122,8 +122,12 @@ def test_requests_sample_from_the_whole_distribution(dialect: Any) -> None:
 
 def test_the_address_of_a_server() -> None:
     for given_url in ("http://h:8", "http://h:8/", "http://h:8/v1", "http://h:8/v1/"):
-        assert check_base_url(given_url) == "http://h:8"
-    assert check_base_url("https://h/proxy/v1") == "https://h/proxy"
+        assert addresses(given_url) == ["http://h:8"]
+    assert addresses("https://h/proxy/v1, http://g:8") == ["https://h/proxy", "http://g:8"]
+    assert address_of("http://h, http://g", "rollout") == "http://h"
+    assert address_of("http://h, http://g", "rollout_2") == "http://g"
+    with pytest.raises(ValueError, match="names 1 server, and rollout_2 is worker number 2; give each worker its own"):
+        address_of("http://h", "rollout_2")
 
 
 def test_a_cluster_file_names_a_server() -> None:
@@ -138,6 +142,7 @@ def test_a_cluster_file_names_a_server() -> None:
         ("actors.rollout.base_url=h:8", r"\[actors\.rollout\] base_url: must be an address such as"),
         ("actors.rollout.server.dialect=tgi", r"actors\.rollout\.server\.dialect"),
         ("actors.rollout.server.max_request=3", r"max_request"),
+        ("actors.rollout.count=2", r"base_url: names 1 server, and rollout_2 is worker number 2"),
         ("rl.temperature=0.7", r"temperature is 0\.7; set server\.logprobs"),
     ):
         with pytest.raises(ConfigError, match=says):

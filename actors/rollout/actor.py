@@ -26,7 +26,7 @@ from ..data.task import Task
 from ..model.config import ModelConfig
 from ..trainer.settings import RlSettings
 from .backend import Backend
-from .openai.settings import ServerSettings, check_base_url
+from .openai.settings import ServerSettings, addresses
 from .parallel.mesh import Mesh
 from .precision import Precision
 from .requests import Chunk, Request
@@ -75,12 +75,12 @@ class Rollout(Worker):
     engine: Literal["headrace", "openai"] = "headrace"
     """"openai": a server at `base_url` generates, as `server` says."""
     base_url: str = ""
-    """Of the server, such as http://127.0.0.1:8000."""
+    """Of the server, such as http://127.0.0.1:8000; for several workers one for each, separated by commas."""
     server: ServerSettings = field(default_factory=ServerSettings)
 
     def __post_init__(self) -> None:
         if self.engine == "openai":
-            check_base_url(self.base_url)
+            addresses(self.base_url)
             if self.server.logprobs == "raw" and self.rl.temperature != 1.0:
                 raise ValueError(
                     f"the server's log-probabilities are those of temperature 1, and [rl] temperature is "

@@ -86,6 +86,7 @@ class Visits(Actor):
         """A REPL has ended: forgets its names."""
         for key in [key for key in self._places if key[0] == session]:
             del self._places[key]
+        self._home().regions.pop(session, None)
 
     @message(concurrent=True, lane=Lane.SYSTEM)
     async def pause(self, actor: str, paused: bool) -> int:

@@ -9,7 +9,8 @@ rate      N responses of the same length through Rollout.generate (scheduling, s
 waste     places for tokens in pages in use in which there is none, over all places there, summed over the steps of
           long-tailed groups
 prompt    tokens of prompts that were computed, over those that there are: once for each group
-swap      the longest step during which new weights came, over the median step, less one
+swap      the longest step during which new weights came, over the median step, less one: the median of some swaps, and
+          the worst of them
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ def kv_waste() -> float:
     return 1 - held / room
 
 
-async def swap_delay() -> float:
+async def swap_delay() -> dict[str, float]:
     """Step times as the thread sees them, while weights arrive as they do in a run."""
     async with Bench(64) as bench:
         ends = _record_steps(bench.rollout)
@@ -210,7 +211,10 @@ async def swap_delay() -> float:
     steps = np.diff(ends)
     median = float(np.median(steps))
     during = [float(steps[_between(ends, *span)].max()) for span in swapped if _between(ends, *span).any()]
-    return statistics.median(during) / median - 1
+    return {
+        "swap_delay_ratio": statistics.median(during) / median - 1,
+        "swap_delay_worst_ratio": max(during) / median - 1,
+    }
 
 
 def _between(ends: list[float], begun: float, ended: float) -> np.ndarray:
@@ -242,7 +246,7 @@ async def main() -> None:
         figures |= await decode_ratio(size)
     figures["kv_waste_ratio"] = kv_waste()
     figures["prompt_computed_ratio"] = await prompt_ratio()
-    figures["swap_delay_ratio"] = await swap_delay()
+    figures |= await swap_delay()
     print(json.dumps(figures))
 
 

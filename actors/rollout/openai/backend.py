@@ -29,7 +29,7 @@ from .answer import Answer
 from .client import Client
 from .faults import WAITED_OUT, Fault
 from .server import MAX_BACKOFF_S, Server
-from .settings import check_base_url
+from .settings import address_of
 from .weights import ServerWeights
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class OpenAiBackend:
         settings = worker.server
         self._worker = worker
         self._settings = settings
-        self._client = Client(check_base_url(worker.base_url), settings)
+        self._address = address_of(worker.base_url, worker.name)
+        self._client = Client(self._address, settings)
         folder = Path(settings.weights_folder or worker.run.path / "weights" / (worker.name or "rollout"))
         self._weights = ServerWeights(self._client, settings, folder.absolute())
         self._server = Server(self._client, self._weights, settings, worker.log)
@@ -80,13 +81,13 @@ class OpenAiBackend:
             try:
                 await self._server.load(manifest.version)
             except Fault as fault:
-                raise RuntimeError(f"{self._worker.base_url}: {fault}") from None
+                raise RuntimeError(f"{self._address}: {fault}") from None
 
     def _fix(self, version: int) -> None:
         held = self._server.version
         if held not in (-1, version):
             raise RuntimeError(
-                f"{self._worker.base_url} keeps version {held}, and version {version} was published; set "
+                f"{self._address} keeps version {held}, and version {version} was published; set "
                 '[actors.rollout.server] weights = "update" for a server that takes weights'
             )
         self._server.fix(version)
@@ -160,7 +161,7 @@ class OpenAiBackend:
 
     def _origin(self, request: Request) -> Origin:
         """The seed of each request follows from these; what the server makes of it is its own."""
-        engine = f"openai {self._settings.dialect} {self._settings.model} at {check_base_url(self._worker.base_url)}"
+        engine = f"openai {self._settings.dialect} {self._settings.model} at {self._address}"
         worker, seed = self._worker.name, self._worker.run.seed
         return Origin(engine=engine, worker=worker, seed=seed, sampling=request.sampling(), precision="the server's")
 

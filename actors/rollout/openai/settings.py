@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -47,8 +48,28 @@ class ServerSettings:
     """Longest wait for one call that gives the server weights."""
 
 
-def check_base_url(base_url: str) -> str:
-    """The root of the server, without a trailing /v1. Raises ValueError if it is no HTTP address."""
+def addresses(base_url: str) -> list[str]:
+    """The roots of the servers, separated by commas there. Raises ValueError if one is no HTTP address."""
+    return [_root(part.strip()) for part in base_url.split(",")]
+
+
+def address_of(base_url: str, worker: str) -> str:
+    """That of a worker by its name: the first server for rollout, the second for rollout_2, ...
+
+    Raises ValueError if there is none: a server of two workers would be given weights by both.
+    """
+    found, number = addresses(base_url), re.search(r"_(\d+)$", worker)
+    index = int(number[1]) if number else 1
+    if index > len(found):
+        raise ValueError(
+            f"base_url names {len(found)} server{'s' * (len(found) > 1)}, and {worker} is worker number {index}; "
+            "give each worker its own, separated by commas"
+        )
+    return found[index - 1]
+
+
+def _root(base_url: str) -> str:
+    """Without a trailing /v1."""
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ValueError(f"base_url must be an address such as http://host:8000, got {base_url!r}")
