@@ -18,7 +18,7 @@ import asyncio
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -126,12 +126,15 @@ class NcclEnd:
         *,
         plan: PlanFor = whole_plan,
         bucket_bytes: int = BUCKET_BYTES,
+        quantized: Collection[str] = (),
         limits: Limits | None = None,
         make: Callable[[Gpu], Fabric] = CupyFabric,
         on_hung: Callable[[str], None] = end_this_process,
     ) -> None:
+        """`plan`, `bucket_bytes` and `quantized`, names of tensors that travel as FP8, must be the same at all ends."""
         self.name = name
         self._gpu = gpu or Gpu()
+        self._quantized = tuple(quantized)
         self._plan_for = plan
         self._bucket_bytes = bucket_bytes
         self._limits = limits or Limits()
@@ -186,7 +189,7 @@ class NcclEnd:
         key = (tuple((s.name, s.dtype, tuple(s.shape)) for s in manifest.tensors), route.members, route.rank)
         if self._schedule is None or self._schedule[0] != key:
             plan = self._plan_for(manifest, route)
-            self._schedule = key, Schedule(plan, route.rank, bucket_bytes=self._bucket_bytes)
+            self._schedule = key, Schedule(plan, route.rank, bucket_bytes=self._bucket_bytes, quantized=self._quantized)
         return self._schedule[1]
 
     def _blocking(self, work: Any) -> None:
