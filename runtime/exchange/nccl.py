@@ -41,6 +41,9 @@ BUCKET_BYTES = 32 << 20
 
 UNIQUE_ID_BYTES = 128
 
+NEVER = 1 << 63
+"""An epoch after all others."""
+
 
 class CupyFabric:
     """One communicator of NCCL. See communicator.Fabric."""
@@ -143,23 +146,21 @@ class NcclEnd:
         self._one = threading.Lock()
         self._schedule: tuple[tuple[Any, ...], Schedule] | None = None
 
+    @property
+    def gpu(self) -> str:
+        """The UUID of its GPU."""
+        return self._gpu.uuid
+
     def abort(self, epoch: int) -> None:
         """Ends what goes on in this epoch or earlier ones; when it returns, nothing of them is left here.
 
         Raises CommunicatorHung: this process ends.
         """
-        self._communicator.tell(epoch, "the exchange ends this epoch")
-        if not self._one.acquire(timeout=self._limits.look_s + 3 * self._limits.abort_s):
-            raise CommunicatorHung(f"{self.name}: a transfer of epoch {epoch} does not end: {self.waits()}")
-        try:
-            self._blocking(self._communicator.retire(epoch))
-        finally:
-            self._one.release()
+        self._alone(epoch, lambda: self._communicator.retire(epoch))
 
     def close(self) -> None:
-        """Gives the communicator back. Raises CommunicatorHung."""
-        with self._one:
-            self._blocking(self._communicator.close())
+        """Ends what goes on, and gives the communicator back. Raises CommunicatorHung. Not on a thread with a loop."""
+        self._alone(NEVER, self._communicator.close)
 
     def waits(self) -> list[dict[str, Any]]:
         """What it waits for, as waits.Waits.rows."""
@@ -191,6 +192,16 @@ class NcclEnd:
             plan = self._plan_for(manifest, route)
             self._schedule = key, Schedule(plan, route.rank, bucket_bytes=self._bucket_bytes, quantized=self._quantized)
         return self._schedule[1]
+
+    def _alone(self, epoch: int, work: Callable[[], Any]) -> None:
+        """Does it once the transfer of this epoch, or an earlier one, has ended."""
+        self._communicator.tell(epoch, "the exchange ends this epoch")
+        if not self._one.acquire(timeout=self._limits.look_s + 3 * self._limits.abort_s):
+            raise CommunicatorHung(f"{self.name}: a transfer of epoch {epoch} does not end: {self.waits()}")
+        try:
+            self._blocking(work())
+        finally:
+            self._one.release()
 
     def _blocking(self, work: Any) -> None:
         try:

@@ -66,7 +66,7 @@ class OpenAiBackend:
     async def close(self) -> None:
         await self._server.close()
         await self._client.close()
-        self._intake.close()
+        await self._intake.close()
 
     def seat(self) -> Seat:
         return self._intake.seat()
