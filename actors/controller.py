@@ -304,9 +304,8 @@ class Controller(Actor):
 
     async def _generate(self, group: Group) -> str:
         """Answers. Returns "kind: why" if the engine refused so many of them that the group fails."""
-        tokens, temperature = self.rl.max_new_tokens, self.rl.temperature
         started = self.ledger.pending().get(group.prompt.ordinal, 0)
-        await self.rollout.finish(group, started, max_new_tokens=tokens, temperature=temperature)
+        await self.rollout.finish(group, started, **self.rl.sampling())
         refusals = [t.refusal for t in group.trajectories if t.finish == "refused"]
         group.trajectories = [t for t in group.trajectories if t.finish != "refused"]
         return refusals[0] if refusals and len(group.trajectories) < self.rl.min_group_size else ""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .following import Following, position, start_actors
 from .runtime import Actor, NodeSpec, Ref, RestartPolicy, System
-from .runtime.errors import RuntimeFault
+from .runtime.errors import ActorDied, RuntimeFault
 
 if TYPE_CHECKING:
     from .actors.algorithms import Algorithm
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 EVENTS_BEHIND = 1024
 """Events that someone who iterates over them may be behind; then the oldest are left out."""
+
+AGAIN_S = 0.2
+"""After the controller died: before it is asked again."""
 
 DRAIN_S = 120.0
 """Time to finish a step and write its checkpoint."""
@@ -170,11 +173,27 @@ class Cluster:
         await self._ended
 
     async def samples(self) -> AsyncIterator[Group]:
-        """Judged groups, as they come, whether they are trained or filtered. Of many, those that a slow reader can't
-        take in are left out."""
+        """Judged groups, as they come, whether they are trained or filtered, until the run is over. Those that a slow
+        reader can't take in, or that are judged while the controller is started again, are left out."""
         self._job()
-        async for group in self.system.find("controller").samples.stream():
-            yield group
+        assert self._ended is not None
+        while not self._ended.done():
+            stream = aiter(self.system.find("controller").samples.stream())
+            try:
+                while group := await self._unless_over(anext(stream)):
+                    yield group
+            except ActorDied:
+                await asyncio.sleep(AGAIN_S)
+
+    async def _unless_over(self, coming: Awaitable[Group]) -> Group | None:
+        """What comes, or None if the run is over before."""
+        assert self._ended is not None
+        next_one = asyncio.ensure_future(coming)
+        try:
+            await asyncio.wait([next_one, self._ended], return_when=asyncio.FIRST_COMPLETED)
+            return await next_one if next_one.done() else None
+        finally:
+            next_one.cancel()
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """Lines of events.jsonl, the last ones first, until the cluster ends; see EVENTS_BEHIND."""
@@ -241,8 +260,10 @@ async def _job(job: Job, run: RunDirectory) -> AsyncGenerator[Cluster, None]:
         reason = "stopped by the program"
         try:
             up = asyncio.create_task(seen.up.wait())
-            await asyncio.wait([up, ended], return_when=asyncio.FIRST_COMPLETED)
-            up.cancel()
+            try:
+                await asyncio.wait([up, ended], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                up.cancel()
             if ended.done():
                 ended.result()
             yield cluster

@@ -66,7 +66,7 @@ class Following:
             await self._system.node.directory.when_up("controller")
             if failures == MAX_FAILURES:
                 recent = reversed(self._system.events.recent)
-                reason = next(event["reason"] for event in recent if event["event"] == "actor_exit")
+                reason = next((e["reason"] for e in recent if e["event"] == "actor_exit"), "see events.jsonl")
                 raise LaunchError(f"the controller failed {failures} times with no step in between: {reason}")
             self.state["rows"] = []
             try:

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -70,8 +71,8 @@ class Scribe(Actor):
         return self.version
 
     @message(concurrent=True, lane=Lane.CONTROL)
-    async def stats(self) -> dict[str, float]:
-        return {"version": self.version, "tokens": 1, "pid": os.getpid()}
+    async def stats(self) -> dict[str, Any]:
+        return {"version": self.version, "tokens": 1, "pid": os.getpid(), "refused": {self.name: 1, "both": 2}}
 
     @message(concurrent=True)
     async def generate(self, requests: list[Request]) -> AsyncIterator[list[Chunk]]:
@@ -159,5 +160,5 @@ class Editor(Actor):
         return self.pool.status(), self.pool.waits(), self.halts, self.goings
 
     @message(concurrent=True)
-    async def stats(self) -> dict[str, float]:
+    async def stats(self) -> dict[str, Any]:
         return await self.pool.stats()

@@ -9,7 +9,8 @@ from headrace.actors.model.qwen3_moe import Qwen3Moe
 from headrace.actors.rollout.engine import Engine
 from headrace.actors.rollout.precision import Kind, Precision, Read, Schedule
 from headrace.actors.rollout.requests import Request
-from headrace.actors.rollout.scheduled import scheduled_runner
+from headrace.actors.rollout.room import num_pages_of
+from headrace.actors.rollout.scheduled import ScheduledRunner
 from headrace.actors.types import Trajectory
 
 CONFIG = ModelConfig(
@@ -22,7 +23,9 @@ EOS, PROMPT = 10, np.array([1, 2, 3, 4], np.int32)
 def engine(settings: Precision) -> tuple[Engine, Schedule, Read]:
     schedule = Schedule(settings)
     weights = {name: p.detach().numpy() for name, p in Qwen3Moe(CONFIG, seed=3).named_parameters()}
-    runner = scheduled_runner(CONFIG, schedule, num_slots=4, max_prompt_tokens=16, max_new_tokens=32)
+    runner = ScheduledRunner(
+        CONFIG, schedule, num_pages=num_pages_of(4, 16, 32, page_tokens=4), page_tokens=4, routes=True
+    )
     made = Engine(
         CONFIG, weights, version=1, num_slots=4, max_prompt_tokens=16, max_new_tokens=32, eos_id=EOS, seed=5,
         runner=runner, precision=schedule.describe(),

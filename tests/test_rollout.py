@@ -14,10 +14,11 @@ from headrace.actors.data.running_sum import RunningSum
 from headrace.actors.model.config import ModelConfig
 from headrace.actors.model.qwen3_moe import Qwen3Moe
 from headrace.actors.rollout import Rollout
+from headrace.actors.rollout.answers import finish_answers
 from headrace.actors.rollout.engine import Engine
 from headrace.actors.rollout.requests import Request
 from headrace.actors.trainer.settings import RlSettings
-from headrace.actors.types import Trajectory
+from headrace.actors.types import Group, Trajectory
 from headrace.runtime import System
 from headrace.runtime.errors import RemoteError
 from headrace.runtime.exchange import Publisher
@@ -143,3 +144,29 @@ async def test_a_request_that_cannot_be_generated_is_refused(tmp_path: Path) -> 
         with pytest.raises(RemoteError, match=r"max_new_tokens must be 1\.\.40"):
             await answer(rollout, request(0, max_new_tokens=41))
         assert len(await answer(rollout, request(0))) == RL.group_size
+
+
+async def test_sampling_is_that_of_the_settings_and_a_text_ends_an_answer(tmp_path: Path) -> None:
+    """Through the messages that a job sends: [rl] top_k and stop_strings are fields of its requests."""
+    async with worker(tmp_path) as (rollout, _):
+        groups = [group(ordinal) for ordinal in range(6)]
+        await finish_answers(rollout, groups, **RlSettings(max_new_tokens=40, top_k=1).sampling())
+        for one in groups:
+            tokens = {tuple(t.tokens().tolist()) for t in one.trajectories}
+            assert len(tokens) == 1, "the likeliest token alone may be drawn, by every member"
+            assert all((t.logprobs() == 0).all() for t in one.trajectories), "of what is left"
+        text = TASK.decode(groups[0].trajectories[0].tokens())
+        assert len(text) > 4
+        stopped = [group(0)]
+        await finish_answers(
+            rollout, stopped, **RlSettings(max_new_tokens=40, top_k=1, stop_strings=(text[2:4],)).sampling()
+        )
+        for t in stopped[0].trajectories:
+            assert text.startswith(TASK.decode(t.tokens()))
+            assert text[2:4] in TASK.decode(t.tokens()) and text[2:4] not in TASK.decode(t.tokens()[:-1])
+        assert [t.finish for t in stopped[0].trajectories] == ["stop"] * 3
+
+
+def group(ordinal: int) -> Group:
+    (prompt,) = TASK.prompts(SEED, np.array([ordinal]))
+    return Group(prompt=prompt, trajectories=[Trajectory(member=m) for m in range(RL.group_size)])

@@ -52,7 +52,7 @@ async def answer(rollout: Ref, ordinal: int) -> tuple[np.ndarray, list[Trajector
 def worker(precision: Precision) -> Rollout:
     return Rollout(
         run=RunSpec(name="r", seed=SEED), model=MODEL, task=TASK, rl=RL, num_slots=8, chunk_tokens=4,
-        precision=precision,
+        precision=precision, routes=True,
     )  # fmt: skip
 
 
@@ -89,6 +89,8 @@ async def test_it_samples_from_fp8_until_that_is_too_far_from_full_precision(tmp
                 assert distance(reader, "fp8", prompt, responses) < 1e-4
                 assert distance(reader, "full", prompt, responses) > 1e-3
                 assert precisions(responses) == {"prefill fp8, decode fp8, score full, activations fp8"}
+                rows = [sum(len(s.routes) for s in t.segments if s.routes is not None) for t in responses]
+                assert rows == [len(prompt) + t.num_tokens - 1 for t in responses], "routes come with FP8, too"
             stats = await fp8.stats()
             assert stats["precision_bits/decode"] == 8 and stats["precision_bits/score"] == 32
             assert 0 < stats["fp8_token_kl_nats"] < 10

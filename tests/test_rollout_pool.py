@@ -15,7 +15,7 @@ from pool_actors import Editor, Scribe
 
 from headrace.actors.types import Group
 from headrace.runtime import Ref, RestartPolicy, System
-from headrace.runtime.errors import ActorDied
+from headrace.runtime.errors import ActorDied, RemoteError
 
 QUICK = RestartPolicy(max_restarts=20, backoff_s=0.0)
 
@@ -53,7 +53,12 @@ async def test_groups_go_to_those_with_the_least_to_do(tmp_path: Path) -> None:
         check(groups, 3)
         first = [int(group.trajectories[0].tokens()[0]) for group in groups]
         assert sorted(first) == [1, 1, 2, 2, 3, 3]
-        assert (await editor.stats())["tokens"] == 3, "counts add up"
+        stats = await editor.stats()
+        assert stats["tokens"] == 3, "counts add up"
+        assert stats["refused"] == {"scribe": 1, "scribe_2": 1, "scribe_3": 1, "both": 6}
+        with pytest.raises(RemoteError, match="at least one rollout worker, got 0"):
+            await editor.resize(0)
+        assert writers(await editor.write(6, 1)) == {1, 2, 3}, "a refused number has changed nothing"
         assert (await editor.state())[2] == 0
 
 

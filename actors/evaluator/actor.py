@@ -119,7 +119,8 @@ class Evaluator(Actor):
             Group(prompt=prompt, trajectories=[Trajectory(member=m) for m in range(samples)]) for prompt in prompts
         ]
         rollout, verifier = self.find("rollout"), self.find("verifier")
-        await finish_answers(rollout, groups, max_new_tokens=self.rl.max_new_tokens, temperature=temperature)
+        asked = {"max_new_tokens": self.rl.max_new_tokens, "stop_strings": list(self.rl.stop_strings)}
+        await finish_answers(rollout, groups, temperature=temperature, **asked)
         for group in groups:
             if refusal := next((t.refusal for t in group.trajectories if t.finish == "refused"), ""):
                 raise RuntimeError(f"evaluation problem {group.prompt.ordinal} could not be answered: {refusal}")

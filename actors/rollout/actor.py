@@ -96,6 +96,8 @@ class Rollout(Worker):
             raise ValueError("tp, ep and sp divide our own engine over ranks; a server has its own settings for that")
         if self.mesh.size > 1 and self.precision.uses_fp8:
             raise ValueError('precision must be "full" on several ranks; leave it out, or set tp, ep and sp to 1')
+        if self.precision.uses_fp8 and self.fixed_shapes:
+            raise ValueError("fixed_shapes are of full precision; leave them out, or set precision to full")
         if self.mesh.size > 1 and self.fixed_shapes:
             raise ValueError("fixed_shapes are of a worker of one rank; leave them out, or set tp, ep and sp to 1")
 

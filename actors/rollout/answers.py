@@ -10,6 +10,7 @@ Knows nothing of why answers are wanted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ...runtime import Ref
 from ..patience import patiently
@@ -17,21 +18,22 @@ from ..types import Group
 from .requests import Request
 
 
-async def finish_answers(rollout: Ref, groups: Sequence[Group], *, max_new_tokens: int, temperature: float) -> None:
+async def finish_answers(rollout: Ref, groups: Sequence[Group], **asked: Any) -> None:
     """Returns when all trajectories of all `groups` have ended. What was received stays, across deaths and restarts.
+    `asked`: further fields of the requests (max_new_tokens, temperature, ...).
 
     Raises RemoteError for a group that can't be generated, and ActorDied if the worker never comes back.
     """
-    await patiently(lambda: write_on(rollout, groups, max_new_tokens=max_new_tokens, temperature=temperature))
+    await patiently(lambda: write_on(rollout, groups, **asked))
 
 
-async def write_on(rollout: Ref, groups: Sequence[Group], *, max_new_tokens: int, temperature: float) -> None:
+async def write_on(rollout: Ref, groups: Sequence[Group], **asked: Any) -> None:
     """Has this incarnation of a worker go on with `groups` until all have ended. Raises ActorDied if it dies."""
     requests = [
         Request(
             key=key, ordinal=group.prompt.ordinal, prompt=group.prompt.tokens,
             members=[t.member for t in unfinished], prefixes=[t.tokens() for t in unfinished],
-            max_new_tokens=max_new_tokens, temperature=temperature,
+            **asked,
         )
         for key, group in enumerate(groups)
         if (unfinished := [t for t in group.trajectories if not t.finish])

@@ -27,8 +27,7 @@ from ..philox import Stream, uniforms
 from ..types import Finish, Origin
 from .layout import lay_out
 from .requests import Chunk, Request, check_request
-from .room import check_room
-from .room import enough_pages as enough_pages
+from .room import check_room, num_pages_of
 from .runner import Runner
 from .sampling import sample
 from .scheduler import Scheduler
@@ -105,9 +104,9 @@ class Engine:
         """
         max_len = max_prompt_tokens + max_new_tokens
         if runner is None:
-            num_pages = enough_pages(num_slots, max_prompt_tokens, max_new_tokens, page_tokens)
-            if kv_tokens is not None:
-                num_pages = min(num_pages, kv_tokens // page_tokens)
+            num_pages = num_pages_of(
+                num_slots, max_prompt_tokens, max_new_tokens, page_tokens=page_tokens, kv_tokens=kv_tokens or 0
+            )
             runner = SingleRunner(
                 config, num_pages=num_pages, page_tokens=page_tokens, routes=routes, fixed_shapes=fixed_shapes
             )
@@ -359,9 +358,9 @@ class Engine:
 
     def _free(self, slots: np.ndarray) -> np.ndarray:
         """`slots`: int64 [n], ascending. Returns the pages that are free now."""
-        freed = [self._scheduler.give_back(self._slots.pages(slot)) for slot in slots.tolist()]
+        pages = [self._slots.pages(slot) for slot in slots.tolist()]
         self._slots.free(slots)
-        return np.concatenate(freed) if freed else np.zeros(0, np.int64)
+        return self._scheduler.give_back(np.concatenate(pages)) if pages else np.zeros(0, np.int64)
 
     def _turn_away(self, request: Request) -> None:
         why = f"queue full: {self.num_waiting} responses wait, and max_waiting is {self._max_waiting}; ask again later"

@@ -182,12 +182,17 @@ class LocalBackend:
         worker = self._worker
         if not worker.precision.uses_fp8:
             return None
-        from .scheduled import scheduled_runner
+        from .room import num_pages_of
+        from .scheduled import ScheduledRunner
 
-        runner = scheduled_runner(
-            worker.model, self._schedule, num_slots=worker.num_slots,
-            max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
+        size = worker.page_tokens
+        num_pages = num_pages_of(
+            worker.num_slots, worker.task.max_prompt_tokens, worker.rl.max_new_tokens,
+            page_tokens=size, kv_tokens=worker.kv_tokens,
         )  # fmt: skip
+        runner = ScheduledRunner(
+            worker.model, self._schedule, num_pages=num_pages, page_tokens=size, routes=worker.routes
+        )
         self._watch = Watch(self._schedule, runner.read)
         return runner
 
@@ -218,7 +223,7 @@ class LocalBackend:
             max_prompt_tokens=worker.task.max_prompt_tokens, max_new_tokens=worker.rl.max_new_tokens,
             eos_id=worker.task.eos_id, seed=worker.run.seed, chunk_tokens=worker.chunk_tokens, runner=runner,
             page_tokens=worker.page_tokens, kv_tokens=worker.kv_tokens or None, routes=worker.routes,
-            fixed_shapes=worker.fixed_shapes, worker=worker.name,
+            fixed_shapes=worker.fixed_shapes, worker=worker.name, detokenize=worker.task.decode,
             precision=self._schedule.describe() if self._watch else "float32",
         )  # fmt: skip
         return None

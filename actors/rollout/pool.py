@@ -33,6 +33,9 @@ TOTALS = ("live", "waiting", "steps", "tokens", "prefilled_tokens", "busy_s")
 PATIENCE = Patience(base_s=60.0)
 """With the transfer of weights: a worker that starts may share its cores with all the others that do."""
 
+ARM_S = 600.0
+"""Longest wait for the first worker to take the newest weights, its restart included."""
+
 NEWS_S = 1.0
 """How long the news that a worker is down may come after the end of its stream."""
 
@@ -88,6 +91,7 @@ class RolloutPool:
             self._lay_out, roster=self._present, carrier=carrier, patience=PATIENCE, on_held=self._held,
             on_lost=self._not_taken, background=actor.background,
         )  # fmt: skip
+        self._arming = False
         self._published = 0.0
         self._news = asyncio.Event()
         self._waiting: Counter[int] = Counter()
@@ -126,6 +130,8 @@ class RolloutPool:
         """Who waits for a worker, or takes weights, in words."""
         waiting = {version: count for version, count in self._waiting.items() if count}
         groups = [f"{n} groups wait for a rollout worker that holds version {v} or newer" for v, n in waiting.items()]
+        if self._arming:
+            groups.append("an evaluation waits until the first rollout worker holds the newest version")
         return groups + self._exchange.waits()
 
     async def resize(self, count: int) -> list[str]:
@@ -134,8 +140,10 @@ class RolloutPool:
 
         Raises ValueError for less than one, and what the `start` of a new one raised: then the others stay.
         """
+        if count < 1:
+            raise ValueError(f"there must be at least one rollout worker, got {count}; to have none, stop the run")
         numbered = await self._copies.names()
-        for name in numbered[max(count, 1) :]:
+        for name in numbered[count:]:
             writer = self._writers[name]
             writer.leaving = True
             for _, writing in writer.groups.values():
@@ -149,7 +157,7 @@ class RolloutPool:
                 self._exchange.leave(name)
                 del self._writers[name]
             for name in left:
-                self._add(name)
+                self._add(name).leaving = False
         self._actor.log("rollout_resized", workers=len(names))
         self._tell()
         return names
@@ -185,11 +193,23 @@ class RolloutPool:
         return present
 
     async def arm_first(self) -> None:
-        """Returns when the first worker holds the newest version."""
+        """Returns when the first worker holds the newest version.
+
+        Raises ActorDied if it has stopped for good, TimeoutError if it takes nothing within ARM_S.
+        """
         first = next(iter(self._writers.values()))
-        while (manifest := self._exchange.manifest) is not None and first.holds != manifest.version:
-            self._require_any()
-            await self._news.wait()
+        self._arming = True
+        try:
+            async with asyncio.timeout(ARM_S):
+                while (manifest := self._exchange.manifest) is not None and first.holds != manifest.version:
+                    if first.stopped:
+                        raise ActorDied(f"{first.name} has stopped for good: {first.stopped}")
+                    await self._news.wait()
+        except TimeoutError:
+            why = "; ".join(self._exchange.waits()) or "nobody says why"
+            raise TimeoutError(f"{first.name} has not taken the newest weights within {ARM_S:g} s: {why}") from None
+        finally:
+            self._arming = False
 
     def _held(self, name: str, version: int) -> None:
         self._writers[name].holds = version
@@ -205,11 +225,11 @@ class RolloutPool:
 
     # Writing ------------------------------------------------------------------------------------------------
 
-    async def finish(self, group: Group, least: int = 0, *, max_new_tokens: int, temperature: float) -> None:
+    async def finish(self, group: Group, least: int = 0, **asked: Any) -> None:
         """Returns when all responses of the group have ended, whoever writes them. What was written stays.
 
-        Only workers that hold version `least` or a newer one write it. Raises RemoteError if it can't be generated, and
-        ActorDied if all workers have stopped for good.
+        Only workers that hold version `least` or a newer one write it. `asked`: see finish_answers. Raises RemoteError
+        if it can't be generated, and ActorDied if all workers have stopped for good.
         """
         ordinal, lost = group.prompt.ordinal, None
         while not group.finished:
@@ -218,9 +238,7 @@ class RolloutPool:
             if lost is not None:
                 self._count_continued(group)
             incarnation = writer.incarnation
-            writing = asyncio.ensure_future(
-                write_on(writer.ref, [group], max_new_tokens=max_new_tokens, temperature=temperature)
-            )
+            writing = asyncio.ensure_future(write_on(writer.ref, [group], **asked))
             writer.groups[ordinal] = group, writing
             try:
                 await writing
@@ -306,8 +324,7 @@ class RolloutPool:
         total: dict[str, Any] = {}
         for stats in await asyncio.gather(*asked):
             for name, value in stats.items():
-                known = total.get(name)
-                total[name] = value if known is None else known + value if name in TOTALS else max(known, value)
+                total[name] = value if name not in total else _together(name, total[name], value)
         return total
 
     async def _ask(self, writer: Writer) -> dict[str, Any]:
@@ -315,3 +332,9 @@ class RolloutPool:
             async with timeout(STATS_S):
                 return dict(await writer.ref.stats())
         return {}
+
+
+def _together(name: str, one: Any, other: Any) -> Any:
+    if isinstance(one, dict):
+        return {key: one.get(key, 0) + other.get(key, 0) for key in {**one, **other}}
+    return one + other if name in TOTALS else max(one, other)

@@ -13,6 +13,14 @@ def enough_pages(num_slots: int, max_prompt_tokens: int, max_new_tokens: int, pa
     return live + NUM_AHEAD * -(-max_prompt_tokens // page_tokens) + int(num_slots * RESERVE_SHARE) + 1
 
 
+def num_pages_of(
+    num_slots: int, max_prompt_tokens: int, max_new_tokens: int, *, page_tokens: int, kv_tokens: int = 0
+) -> int:
+    """As `enough_pages`, or those that `kv_tokens` have room in, if that is less; 0 sets no bound."""
+    enough = enough_pages(num_slots, max_prompt_tokens, max_new_tokens, page_tokens)
+    return min(enough, kv_tokens // page_tokens) if kv_tokens else enough
+
+
 def check_room(config: ModelConfig, runner: Runner, max_len: int, max_pages: int) -> None:
     """Raises ValueError if sequences of `max_len` tokens, in `max_pages` pages, are more than model or memory take."""
     if max_len > config.max_positions:

@@ -16,12 +16,9 @@ from ..model.attention import PackedAttention
 from ..model.block import to_fp8
 from ..model.config import ModelConfig
 from ..model.decode import DecoderWeights, forward, logits
-from .engine import enough_pages
 from .precision import Kind, Schedule
 from .runner import Batch, Forward
 from .single import SingleRunner
-
-PAGE_TOKENS = 16
 
 
 class ScheduledRunner(SingleRunner):
@@ -64,11 +61,3 @@ class ScheduledRunner(SingleRunner):
         attend = PackedAttention([len(s) for s in sequences], self._device)
         x, _ = forward(self.config, weights, tokens, self._rotations[positions].unsqueeze(1), attend)
         return logits(self.config, weights, x)
-
-
-def scheduled_runner(
-    config: ModelConfig, schedule: Schedule, *, num_slots: int, max_prompt_tokens: int, max_new_tokens: int
-) -> ScheduledRunner:
-    """One with all the pages that an engine of these sizes can use."""
-    num_pages = enough_pages(num_slots, max_prompt_tokens, max_new_tokens, PAGE_TOKENS)
-    return ScheduledRunner(config, schedule, num_pages=num_pages, page_tokens=PAGE_TOKENS)

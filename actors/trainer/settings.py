@@ -7,7 +7,7 @@ section 4.1 of the Seed-Thinking-v1.5 report. A small model wants others; its cl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -86,6 +86,15 @@ class RlSettings(UpdateSettings):
     """Share of the learning rates that is left at the end of the decay."""
     temperature: Annotated[float, Gt(0)] = 1.0
     """Of sampling; the trained policy is the one at this temperature."""
+    top_k: Annotated[int, Ge(0)] = 0
+    """Only the k likeliest tokens are sampled; 0: all. Here and below, log-probabilities are of what is left: what
+    samples is not quite the trained policy then."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Only the likeliest tokens whose probabilities sum to this are sampled."""
+    min_p: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Only tokens at least this times as likely as the likeliest are sampled."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response as soon as it has one, in evaluations, too."""
     correction: Correction = "none"
     """Of what sampled the tokens being another policy than the one that the step begins from: older, or in FP8.
     none: the surrogate's ratio is to the policy that sampled; tis and decoupled: to the one that the step begins from,
@@ -110,6 +119,13 @@ class RlSettings(UpdateSettings):
                 f"mini_batches must be at most groups_per_step ({self.groups_per_step}), got {self.mini_batches}; "
                 "an update needs a group"
             )
+
+    def sampling(self) -> dict[str, Any]:
+        """What a request for training asks for: fields of rollout.Request."""
+        return {
+            "max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "top_k": self.top_k,
+            "top_p": self.top_p, "min_p": self.min_p, "stop_strings": list(self.stop_strings),
+        }  # fmt: skip
 
 
 @wire

@@ -71,16 +71,17 @@ class RanksBackend(LocalBackend):
             self._link.close()
 
     def _make_runner(self) -> RanksRunner:
-        from ..engine import enough_pages
+        from ..room import num_pages_of
         from .balance import Balance
         from .runner import RanksRunner
 
         assert self._link is not None
         worker = self._worker
         size = worker.page_tokens
-        num_pages = enough_pages(worker.num_slots, worker.task.max_prompt_tokens, worker.rl.max_new_tokens, size)
-        if worker.kv_tokens:
-            num_pages = min(num_pages, worker.kv_tokens // size)
+        num_pages = num_pages_of(
+            worker.num_slots, worker.task.max_prompt_tokens, worker.rl.max_new_tokens,
+            page_tokens=size, kv_tokens=worker.kv_tokens,
+        )  # fmt: skip
         self._balance = Balance(worker.mesh, worker.model) if worker.ep > 1 else None
         self._runner = RanksRunner(
             self._link, worker.model, num_pages=num_pages, page_tokens=size, routes=worker.routes, balance=self._balance
