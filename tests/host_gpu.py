@@ -15,6 +15,7 @@ import torch
 
 from headrace.kernels.reference.bucket import checksum
 from headrace.runtime.errors import TransferFailed
+from headrace.runtime.exchange import fp8
 from headrace.runtime.exchange.device import Gpu, dtype_name
 from headrace.runtime.exchange.header import stored
 
@@ -66,6 +67,14 @@ class HostGpu(Gpu):
 
     def checksum(self, data: np.ndarray, out: np.ndarray) -> None:
         out.view(np.int64)[:] = checksum(torch.from_numpy(data.copy())).numpy()
+
+    def quantize(self, box: np.ndarray, dtype: str, codes: np.ndarray, scales: np.ndarray) -> None:
+        found, scales[:] = fp8.quantize(fp8.as_float(box, dtype).reshape(-1, box.shape[-1]))
+        codes[:] = found.reshape(-1)
+
+    def dequantize(self, codes: np.ndarray, scales: np.ndarray, dtype: str, box: np.ndarray) -> None:
+        values = fp8.dequantize(codes.reshape(-1, box.shape[-1]), scales)
+        box[...] = fp8.from_float(values, dtype).reshape(box.shape)
 
     def largest(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         return np.array([array.max() for array in arrays], np.float64)

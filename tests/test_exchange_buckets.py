@@ -256,7 +256,7 @@ async def test_a_version_published_as_fp8_is_taken_within_its_error() -> None:
         assert manifest.nbytes < sum(a.nbytes for a in tensors.values()) / 2
         taken = await intake.load(manifest)
     finally:
-        intake.close()
+        await intake.close()
         publisher.close()
     assert taken.keys() == tensors.keys()
     for name, array in tensors.items():

@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from host_gpu import HostGpu
 
 from headrace.runtime.errors import BadWeights, CorruptWeights, ExchangeFull, StaleIncarnation, TransferFailed
-from headrace.runtime.exchange import cuda, device
+from headrace.runtime.exchange import Exchange, Intake, Publisher, Seat, cuda, device, together
 from headrace.runtime.exchange.header import Manifest, Route
 from headrace.runtime.exchange.ipc import HANDLE_BYTES, CudaMemory, IpcSink, IpcSource
 
@@ -173,6 +174,50 @@ def test_mistakes_are_refused_and_the_last_version_stays():
     with pytest.raises(TransferFailed, match="must be a handle of 64 bytes, got 1"):
         pair.sink.receive(good, replace(pair.route(5), token=b"x"))
     assert np.array_equal(pair.sink.receive(good, pair.route(5))["c"], tensors(2)["c"])
+
+
+async def test_what_a_publisher_has_on_its_gpu_and_on_its_host_comes_to_each_member_by_what_fits() -> None:
+    def copied(version: int, received: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: np.array(value) for name, value in received.items()}
+
+    class Member:
+        def __init__(self, sinks: Mapping[str, Any]) -> None:
+            self.intake: Intake[dict[str, Any]] = Intake(copied, sinks)
+
+        async def seat(self) -> Seat:
+            return self.intake.seat()
+
+        async def load(self, manifest: Manifest, route: Route) -> int:
+            self.carrier, self.weights = route.carrier, await self.intake.load(manifest, route)
+            return manifest.version
+
+    driver, host = Driver(), Publisher("trainer")
+    gpu = IpcSource("trainer", HostGpu(), driver)
+
+    async def lay_out(version: int, keep: dict[int, list[str]]) -> Manifest:
+        sent = {"w": np.full((7, 30), version, np.float32)}
+        return together(host.publish(version, sent, keep=keep), gpu.publish(version, sent))
+
+    near, far = IpcSink("near", HostGpu(), driver), IpcSink("far", HostGpu(number=1), driver)
+    members = {"near": Member({"ipc": near}), "far": Member({"ipc": far}), "plain": Member({})}
+    weights = Exchange(lay_out)
+    for name, member in members.items():
+        await weights.join(name, member)
+    for version in (1, 2, 3):
+        await weights.publish(version)
+        assert await weights.settled() == dict.fromkeys(members, version), weights.lost
+        assert all((member.weights["w"] == version).all() for member in members.values())
+        assert [member.carrier for member in members.values()] == ["ipc", "shm", "shm"]
+    with pytest.raises(
+        BadWeights, match=r"one name, host and version, .* trainer version 3 by ipc; .* version 3 by ipc"
+    ):
+        together(gpu.manifest, gpu.manifest)
+    await weights.close()
+    for member in members.values():
+        await member.intake.close()
+    assert driver.mapped == []
+    gpu.close()
+    host.close()
 
 
 def test_cupys_runtime_has_what_the_carrier_calls():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -88,7 +88,7 @@ async def exchange(
         await exchange.close()
         trainer.publisher.close()
         for member in members:
-            member.intake.close()
+            await member.intake.close()
 
 
 async def test_every_member_takes_every_version_and_a_late_one_the_newest_before_its_join_returns() -> None:
@@ -102,7 +102,7 @@ async def test_every_member_takes_every_version_and_a_late_one_the_newest_before
         weights.leave("1")
         await weights.publish(3)
         assert await weights.settled() == {"0": 3, "late": 3} and b.taken == [0, 1, 2]
-        late.intake.close()
+        await late.intake.close()
 
 
 async def test_what_is_published_meanwhile_is_coalesced_to_the_newest() -> None:
@@ -172,7 +172,7 @@ async def test_who_is_lost_is_tried_again_though_nothing_new_is_published() -> N
         async with asyncio.timeout(10):
             while not member.taken:  # noqa: ASYNC110 (nobody tells)
                 await asyncio.sleep(0.01)
-    member.intake.close()
+    await member.intake.close()
 
 
 async def test_membership_follows_the_roster_before_every_publish() -> None:
@@ -194,7 +194,7 @@ async def test_membership_follows_the_roster_before_every_publish() -> None:
         await weights.publish(2)
         assert await weights.settled() == {"a": 2, "b": 2, "c": 2}
     for member in members.values():
-        member.intake.close()
+        await member.intake.close()
 
 
 async def test_who_wants_other_tensors_is_refused_with_both_values() -> None:
@@ -207,7 +207,7 @@ async def test_who_wants_other_tensors_is_refused_with_both_values() -> None:
         with pytest.raises(BadWeights, match=f"odd can't take version 0 of policy: {why}"):
             await weights.join("odd", odd)
         assert weights.holds == {"0": NOTHING} and "BadWeights" in weights.lost["0"] and not early.taken
-        odd.intake.close()
+        await odd.intake.close()
 
 
 async def test_versions_never_go_back_and_old_epochs_are_refused() -> None:
@@ -272,6 +272,7 @@ class Fabric:
     def __init__(self) -> None:
         self.waves: list[tuple[str, ...]] = []
         self.broken: set[str] = set()
+        self.mad: set[str] = set()
 
 
 class Led(Member):
@@ -292,6 +293,8 @@ class Led(Member):
         return b"token"
 
     async def transfer(self, manifest: Manifest, route: Route) -> None:
+        if self.name in self.fabric.mad:
+            raise ZeroDivisionError(self.name)
         if self.fabric.broken & set(route.members):
             raise TransferFailed(f"{self.name}: not all of {route.members} came in epoch {route.epoch}")
         if route.rank == 0:
@@ -322,10 +325,82 @@ async def test_members_of_a_collective_carrier_are_led_together_and_a_sick_one_c
     fabric.broken.clear()
     await weights.publish(4)
     assert set((await weights.settled()).values()) == {4} and a.epochs[-1] > a.epochs[0]
+    fabric.mad.add("c")
+    await weights.publish(5)
+    assert await weights.settled() == {"a": 5, "b": 5, "c": 4, "plain": 5}
+    assert "c: c" in weights.lost["c"]
     await weights.close()
     trainer.publisher.close()
     for member in (a, b, c, plain, lead):
-        member.intake.close()
+        await member.intake.close()
+
+
+async def test_whatever_a_member_raises_or_answers_is_a_loss_with_its_reason_and_hangs_nobody() -> None:
+    class Liar(Member):
+        async def load(self, manifest: Manifest, route: Route) -> int:
+            return manifest.version + 1
+
+    class Gone(Member):
+        async def load(self, manifest: Manifest, route: Route) -> int:
+            raise asyncio.CancelledError
+
+    class Deaf(Member):
+        async def load(self, manifest: Manifest, route: Route) -> int:
+            while True:
+                with suppress(asyncio.CancelledError):
+                    await self.gate.wait()
+                    return manifest.version
+
+    odd, liar, gone, deaf, seatless, well = Member(), Liar(), Gone(), Deaf(), Member(), Member()
+    odd.fault = KeyError("lm_head")
+    deaf.gate.clear()
+    seatless.seat = lambda: asyncio.sleep(0, None)  # type: ignore[assignment, return-value]
+    async with exchange(odd, liar, gone, deaf, seatless, well, patience=replace(QUICK, base_s=0.2)) as (weights, _):
+        await weights.publish(1)
+        async with asyncio.timeout(20):
+            assert await weights.settled() == {**dict.fromkeys("01234", NOTHING), "5": 1}
+            with pytest.raises(TransferFailed, match="0 has not taken version 1: KeyError: 'lm_head'"):
+                await weights.join("0", odd)
+        assert weights.lost["1"] == "TransferFailed: it says that it has version 2, and was given 1"
+        assert weights.lost["2"] == "TransferFailed: it was cancelled where it ran"
+        assert weights.lost["3"].startswith("TimeoutError") and weights.lost["4"].startswith("AttributeError")
+        deaf.gate.set()
+
+
+async def test_a_task_that_ends_is_told_to_those_who_wait_and_the_member_can_come_again() -> None:
+    def held(name: str, version: int) -> None:
+        if not seen:
+            seen.append(name)
+            raise LookupError("an owner's mistake")
+
+    seen: list[str] = []
+    member = Member()
+    async with exchange(member, on_held=held) as (weights, _), asyncio.timeout(20):
+        await weights.publish(1)
+        await weights.settled()
+        await weights.publish(2)
+        assert await weights.settled() == {"0": 1}
+        assert weights.lost["0"] == """its task has ended: LookupError("an owner's mistake")"""
+        assert await weights.join("0", member) == 2
+
+
+async def test_members_say_which_epoch_they_have_seen_and_a_clock_that_goes_back_stops_nothing() -> None:
+    member = Member()
+    async with exchange(member) as (before, _):
+        await before.publish(1)
+        await before.settled()
+    epoch = member.epochs[-1]
+    trainer = Trainer()
+    after = Exchange(trainer.lay_out, patience=CALM)
+    after.epoch = epoch - 5000  # The clock of another controller, which is behind.
+    await after.publish(2)
+    intake: Intake[dict[str, np.ndarray]] = Intake(_copied)
+    member.intake = intake
+    await intake.load(trainer.publisher.manifest, Route(carrier="shm", epoch=epoch, members=("policy", "0")))
+    assert await after.join("0", member) == 2 and member.epochs[-1] > epoch
+    await after.close()
+    await intake.close()
+    trainer.publisher.close()
 
 
 def test_a_tree_leads_to_the_publisher_and_feeds_two() -> None:

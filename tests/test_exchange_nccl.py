@@ -31,7 +31,7 @@ from headrace.runtime.errors import (
     StaleIncarnation,
     TransferFailed,
 )
-from headrace.runtime.exchange import cuda, device
+from headrace.runtime.exchange import cuda, device, device_fp8, fp8
 from headrace.runtime.exchange.communicator import Limits
 from headrace.runtime.exchange.header import Manifest, Route
 from headrace.runtime.exchange.holding import Held, Holding, Part, Shard, Split, Whole
@@ -155,6 +155,20 @@ def test_shards_of_two_publishers_meet_in_engines_that_are_cut_otherwise():
     for tp, future in enumerate(got):
         assert np.array_equal(future.result()["w"], full[:, 4 * tp : 4 * tp + 4].numpy())
     other.close()
+    ends.close()
+
+
+def test_tensors_travel_as_fp8_where_that_is_wanted():
+    ends = Ends(2, quantized=("embedding", "experts"))
+    published = tensors(1)
+    _, first, second = ends.exchange(ends.source.publish(1, published), 0)
+    for name in ("embedding", "experts"):
+        dtype, sent = HostGpu().adopt(published[name])
+        codes, scales = fp8.quantize(fp8.as_float(sent, dtype).reshape(-1, sent.shape[-1]))
+        wanted = fp8.from_float(fp8.dequantize(codes, scales), dtype).reshape(sent.shape)
+        assert np.array_equal(first[name], wanted) and np.array_equal(second[name], wanted)
+        assert not np.array_equal(first[name], sent)
+    assert same(first["norm"], published["norm"])
     ends.close()
 
 
@@ -378,3 +392,42 @@ def test_the_checksum_kernel_computes_what_the_reference_does(tmp_path: Path):
         for threads in (1, 7, 1000):
             got = function(ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(num_bytes // 4), ctypes.c_int64(threads))
             assert (got + device.mix(-1 - num_bytes)) & device.WORD_MASK == int(checksum(data)) & device.WORD_MASK
+
+
+def test_the_fp8_kernels_compute_what_fp8_does(tmp_path: Path):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    program = tmp_path / "fp8.cpp"
+    program.write_text(
+        "#include <cmath>\n"
+        'extern "C" void encode(const float* xs, float scale, unsigned char* codes, long n) {\n'
+        "for (long i = 0; i < n; ++i) { float x = xs[i]; unsigned char& code = codes[i];"
+        + device_fp8.ENCODE_SOURCE
+        + '}}\nextern "C" void decode(const unsigned char* codes, float scale, float* ys, long n) {\n'
+        "for (long i = 0; i < n; ++i) { unsigned char code = codes[i]; float& y = ys[i];"
+        + device_fp8.DECODE_SOURCE
+        + "}}\n"
+    )
+    library = tmp_path / "fp8.so"
+    subprocess.run(["g++", "-O1", "-shared", "-fPIC", "-o", library, program], check=True)
+    loaded = ctypes.CDLL(str(library))
+
+    def run(name: str, given: np.ndarray, scale: float, result: np.ndarray) -> np.ndarray:
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (given, result)]
+        getattr(loaded, name)(pointers[0], ctypes.c_float(scale), pointers[1], ctypes.c_long(len(given)))
+        return result
+
+    every_bfloat16 = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+    near = (every_bfloat16.view(np.uint32)[:, None] + np.array([-1, 1]).astype(np.uint32)).ravel().view(np.float32)
+    all_codes = np.arange(256, dtype=np.uint8)
+    for scale in (1.0, 0.0173, 3.3e-39):
+        for values in (every_bfloat16, near):
+            with np.errstate(all="ignore"):
+                wanted = fp8.encode(values / np.float32(scale))
+            got = run("encode", values, scale, np.empty(len(values), np.uint8))
+            number = ~np.isnan(values)
+            assert np.array_equal(got[number], wanted[number])
+            assert ((got[~number] & 0x7F) == 0x7F).all()
+        decoded = run("decode", all_codes, scale, np.empty(256, np.float32))
+        wanted = fp8.dequantize(all_codes[None], np.array([scale], np.float32))[0]
+        assert np.array_equal(decoded, wanted, equal_nan=True)

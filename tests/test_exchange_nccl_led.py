@@ -12,8 +12,8 @@ import pytest
 import torch
 from host_gpu import HostFabric, HostGpu, Hub
 
-from headrace.runtime.errors import ActorDied
-from headrace.runtime.exchange import Exchange, Intake, Manifest, Route, Seat
+from headrace.runtime.errors import ActorDied, CommunicatorHung, TransferFailed
+from headrace.runtime.exchange import Exchange, Intake, Manifest, Receiver, Route, Seat
 from headrace.runtime.exchange.communicator import Limits
 from headrace.runtime.exchange.nccl import NcclEnd, NcclSink, NcclSource
 
@@ -144,6 +144,8 @@ async def test_an_init_that_hangs_is_reported_by_all_that_hang_in_it_and_weights
     hub.mute = {1, 2}
     b = Engine("b", hub)
     joining = asyncio.create_task(weights.join("b", b))
+    while not any(line.startswith("b takes version 1 by nccl") for line in weights.waits()):  # noqa: ASYNC110
+        await asyncio.sleep(0)
     await weights.publish(2)
     assert (await weights.settled())["a"] == 1
     assert a.has(1)
@@ -155,4 +157,27 @@ async def test_an_init_that_hangs_is_reported_by_all_that_hang_in_it_and_weights
 async def ended(weights: Exchange, *processes: Process) -> None:
     await weights.close()
     for process in processes:
-        await asyncio.to_thread(process.end.close)
+        if isinstance(process, Engine):
+            await process.intake.close()
+        else:
+            await asyncio.to_thread(process.end.close)
+
+
+async def test_an_intake_closes_all_its_sinks_on_a_loop_and_says_which_did_not() -> None:
+    class Odd(Receiver):
+        closed = False
+
+        def close(self) -> None:
+            super().close()
+            self.closed = True
+            raise TransferFailed("odd")
+
+    odd, last = Odd(), Odd()
+    sinks = {"odd": odd, "nccl": NcclSink("a", HostGpu(), limits=LIMITS), "last": last}
+    with pytest.raises(TransferFailed, match="odd"):
+        await Intake(copied, sinks).close()
+    assert odd.closed and last.closed
+
+    busy = NcclSink("busy", HostGpu(), limits=Limits(look_s=0.01, abort_s=0.01))
+    with busy._one, pytest.raises(CommunicatorHung, match=r"busy: a transfer of epoch .* does not end"):
+        await Intake(copied, {"nccl": busy}).close()

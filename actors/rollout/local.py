@@ -65,7 +65,7 @@ class LocalBackend:
             self._worker.background(self._generate(), name=f"generate/{number}")
 
     async def close(self) -> None:
-        self._intake.close()
+        await self._intake.close()
 
     def seat(self) -> Seat:
         return self._intake.seat()

@@ -16,6 +16,7 @@ from .header import Manifest as Manifest
 from .header import Route as Route
 from .header import Seat as Seat
 from .header import TensorSpec as TensorSpec
+from .header import together as together
 from .intake import Intake as Intake
 from .member import Patience as Patience
 from .shm import Publisher as Publisher

@@ -18,8 +18,9 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from ..errors import CommunicatorHung, CorruptWeights, RuntimeFault, TransferFailed
+from ..errors import CommunicatorHung, CorruptWeights, TransferFailed
 from .header import Manifest, Route
+from .member import ended
 
 TOGETHER = 2
 """Attempts with all that are left; after them, each is tried alone."""
@@ -140,14 +141,14 @@ class Convoy:
             await asyncio.wait(
                 tasks.values(), timeout=patience.transfer_s + patience.retire_s, return_when=asyncio.FIRST_EXCEPTION
             )
-            if any(not task.done() or task.exception() for task in tasks.values()):
+            if any(_error(task) for task in tasks.values()):
                 mute = await self._retire(ports, self._epoch)
                 # Whoever is retired has answered, or is about to.
                 await asyncio.wait(tasks.values(), timeout=0.5)
                 return mute | {name: error for name, task in tasks.items() if (error := _error(task))}
             return {}
         finally:
-            await _cancelled(tasks.values())
+            await ended(tasks.values())
 
     def _route(self, names: tuple[str, ...], rank: int) -> Route:
         return Route(
@@ -167,14 +168,16 @@ class Convoy:
             await asyncio.wait(tasks.values(), timeout=within_s)
             return {name: _error(task) or task.result() for name, task in tasks.items()}
         finally:
-            await _cancelled(tasks.values())
+            await ended(tasks.values())
 
 
 def _error(task: asyncio.Future[Any]) -> Exception | None:
     if not task.done():
         return TimeoutError("it does not answer")
+    if task.cancelled():
+        return TimeoutError("it was cancelled where it ran")
     error = task.exception()
-    if error is not None and not isinstance(error, (RuntimeFault, TimeoutError)):
+    if error is not None and not isinstance(error, Exception):
         raise error
     return error
 
@@ -191,15 +194,3 @@ def _said(errors: Mapping[str, Exception], name: str) -> str:
 def _may_try_again(error: Exception) -> bool:
     """It is alive, and rid of what failed."""
     return isinstance(error, (TransferFailed, CorruptWeights)) and not isinstance(error, CommunicatorHung)
-
-
-async def _cancelled(tasks: Any) -> None:
-    """Ends what is still asked."""
-    unfinished = [task for task in tasks if not task.done()]
-    for task in unfinished:
-        task.cancel()
-    if unfinished:
-        await asyncio.wait(unfinished)
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()

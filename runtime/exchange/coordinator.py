@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 from ..deadline import timeout
@@ -24,7 +25,7 @@ from ..errors import BadWeights, CorruptWeights, RuntimeFault, StaleIncarnation,
 from .convoy import Convoy
 from .convoy import Port as LedPort
 from .header import Manifest
-from .member import NOTHING, Member, Patience, Port, route_to
+from .member import NOTHING, Member, Patience, Port, answer, route_to
 
 COLLECTIVE = frozenset({"nccl"})
 """Carriers by which all members take part at once; the ports of these also are convoy.Port."""
@@ -61,7 +62,8 @@ class Exchange:
         self.manifest: Manifest | None = None
         """The newest."""
         self.epoch = time.time_ns() // 1_000_000
-        """Of the membership. It begins above all that another exchange over these members can have reached."""
+        """Of the membership. It begins above all that another exchange can have reached, and goes on above what members
+    say that they have seen."""
         self._lay_out = lay_out
         self._carrier = carrier
         self._patience = patience or Patience()
@@ -109,7 +111,7 @@ class Exchange:
     def enter(self, name: str, port: Port, incarnation: int = 0) -> Member:
         """As `join`, and waits for nothing. An incarnation that is a member stays it, and is tried again."""
         known = self._members.get(name)
-        if known is not None and known.incarnation == incarnation and known.port is port:
+        if known is not None and known.followed and known.incarnation == incarnation and known.port is port:
             known.tried = None
             self._tell()
             return known
@@ -117,6 +119,7 @@ class Exchange:
         member = self._members[name] = Member(name, port, incarnation)
         self.epoch += 1
         member.task = self._background(self._follow(member), name=f"weights of {name}")
+        member.task.add_done_callback(partial(self._unfollowed, member))
         return member
 
     def leave(self, name: str) -> None:
@@ -156,7 +159,7 @@ class Exchange:
         for member in list(self._members.values()):
             try:
                 await self._settled(member)
-            except (RuntimeFault, TimeoutError):
+            except (RuntimeFault, TimeoutError, ValueError):
                 continue  # It is in `lost`.
         return self.holds
 
@@ -205,33 +208,40 @@ class Exchange:
         deadline_s = patience.base_s + manifest.nbytes / patience.least_bytes_per_s
         try:
             member.taking, member.since = manifest.version, time.monotonic()
-            async with timeout(deadline_s + GRACE_S):
-                if member.seat is None:
-                    member.seat = await member.port.seat()
-                member.admit(manifest, self._carrier)
+            if member.seat is None:
+                async with timeout(deadline_s + GRACE_S):
+                    member.seat = await answer(member.port.seat())
+                self.epoch = max(self.epoch, member.seat.epoch + 1)
+            member.admit(manifest, self._carrier)
+            theirs = manifest.by(member.carrier)
             if member.carrier in COLLECTIVE:
-                await self._lead(member, manifest)
+                await self._lead(member, manifest, theirs)
+            route = route_to(member, self._members.values(), theirs, self.epoch, deadline_s, patience.stall_s)
             async with timeout(deadline_s + member.seat.load_s + GRACE_S):
-                route = route_to(member, self._members.values(), manifest, self.epoch, deadline_s, patience.stall_s)
-                member.took(await member.port.load(manifest, route))
+                version = await answer(member.port.load(theirs, route))
+            if version != manifest.version:
+                raise TransferFailed(f"it says that it has version {version}, and was given {manifest.version}")
+            member.took(version)
         except (StaleIncarnation, CorruptWeights) as error:
             await self._again(member, manifest, error)
-        except (RuntimeFault, TimeoutError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 (the edge of a member: what it raises costs nobody else anything)
             self._lose(member, manifest, error)
         else:
             self._on_held(member.name, member.holds)
         finally:
             member.taking = None
 
-    async def _lead(self, member: Member, manifest: Manifest) -> None:
-        """Has a convoy bring it to the member, and to all others that lack it and use the same carrier. Raises
-        TransferFailed if it could not."""
+    async def _lead(self, member: Member, manifest: Manifest, theirs: Manifest) -> None:
+        """Has a convoy bring it, as the carrier has it, to the member, and to all others that lack it and use the same
+        carrier. Raises TransferFailed if it could not."""
         async with self._leading:
             if member.carried is manifest:
                 return
             fellows = [m for m in self._members.values() if m.carrier == member.carrier and m.carried is not manifest]
             ports = {m.name: m.port for m in fellows if isinstance(m.port, LedPort)}
-            lost = await self._convoy.publish(manifest, self._leads, ports)
+            lost = await self._convoy.publish(theirs, self._leads, ports)
+            if lost:
+                self._next_epoch()  # That of the convoy is over at all members.
             for fellow in fellows:
                 if fellow.name not in lost:
                     fellow.carried = manifest
@@ -251,7 +261,7 @@ class Exchange:
         if not repeated:
             try:
                 await self.publish(manifest.version)
-            except (RuntimeFault, TimeoutError) as fault:
+            except Exception as fault:  # noqa: BLE001 (of the publisher: the member goes on with what it has)
                 member.lost += f"; and it can't be published again: {fault}"
 
     def _lose(self, member: Member, manifest: Manifest, error: Exception) -> None:
@@ -262,12 +272,19 @@ class Exchange:
     async def _settled(self, member: Member) -> int:
         """Waits until it holds the newest; raises TransferFailed once it is lost."""
         while self.manifest is not None and member.holds != self.manifest.version:
-            if member.lost and (not member.lacks(self.manifest) or self._members.get(member.name) is not member):
+            gone = not member.followed or self._members.get(member.name) is not member
+            if member.lost and (gone or not member.lacks(self.manifest)):
                 if member.refused is not None:
                     raise member.refused
                 raise TransferFailed(f"{member.name} has not taken version {self.manifest.version}: {member.lost}")
             await self._changed.wait()
         return member.holds
+
+    def _unfollowed(self, member: Member, task: asyncio.Task[None]) -> None:
+        """Nobody brings it anything any more: it has left, or the task failed, which is its owner's affair, too."""
+        error = None if task.cancelled() else task.exception()
+        member.lost = member.lost or f"its task has ended: {error if error is None else repr(error)}"
+        self._tell()
 
     def _tell(self) -> None:
         """Whoever waits for a change looks again."""
@@ -291,7 +308,7 @@ class Exchange:
             self.leave(name)
         for name, (port, incarnation) in wanted.items():
             member = self._members.get(name)
-            if member is None or member.incarnation != incarnation:
+            if member is None or not member.followed or member.incarnation != incarnation:
                 self.enter(name, port, incarnation)
 
 

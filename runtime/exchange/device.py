@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadWeights, TransferFailed
+from . import device_fp8
 from .cuda import cupy, gpu_uuid
 from .header import stored
 from .payload import MAX_FINITE
@@ -135,6 +136,13 @@ class Gpu:
         partial = cupy().empty(min(_PARTIAL_SUMS, max(1, len(words))), np.uint64)
         self._checksum(words, np.int64(len(words)), partial)
         out[:] = partial.sum(dtype=np.uint64) + np.uint64(mix(-1 - data.nbytes))
+
+    def quantize(self, box: Any, dtype: str, codes: Any, scales: Any) -> None:
+        """See device_fp8."""
+        device_fp8.quantize(box, dtype, codes, scales)
+
+    def dequantize(self, codes: Any, scales: Any, dtype: str, box: Any) -> None:
+        device_fp8.dequantize(codes, scales, dtype, box)
 
     def largest(self, arrays: Sequence[Any]) -> np.ndarray:
         """The largest element of each, as float64; integers above 2^53 are rounded."""

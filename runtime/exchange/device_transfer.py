@@ -4,8 +4,8 @@
     receiver   --receive--> [header | bucket] --boxes--> arrays   header and own checksum are kept for `verify`
 
 One buffer is all that a rank needs beside its arrays: everything is enqueued on one stream, so that a bucket is packed
-when the one before has gone. Nothing is read back before `verify`. Weights travel in their own dtype: those that a
-schedule quantizes are refused. Knows nothing of NCCL.
+when the one before has gone. Nothing is read back before `verify`. What the schedule quantizes travels as FP8, see
+fp8.py. Knows nothing of NCCL.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import CorruptWeights
 from .buckets import Bucket, Schedule
 from .communicator import Part, Wave
 from .header import BucketHeader
-from .staging import HEADER_BYTES, box_of, copy_local
+from .staging import HEADER_BYTES, box_of, copy_local, scales_at
 
 Arrays = Mapping[str, Any]
 """What a rank holds, by name: arrays on its device, of the dtypes that header.stored says."""
@@ -42,6 +42,10 @@ class Device(Protocol):
 
     def checksum(self, data: Any, out: Any) -> None: ...
 
+    def quantize(self, box: Any, dtype: str, codes: Any, scales: Any) -> None: ...
+
+    def dequantize(self, codes: Any, scales: Any, dtype: str, box: Any) -> None: ...
+
 
 class DeviceTransfer:
     """One version from the arrays of this rank, or into them; `dest` is a mixture until `verify` has returned."""
@@ -56,9 +60,7 @@ class DeviceTransfer:
         version: int,
         epoch: int,
     ) -> None:
-        """Allocates the buffer on the device of the caller. Raises ValueError for a schedule that quantizes."""
-        if any(schedule.quantized(row) for row in range(len(schedule.offset))):
-            raise ValueError("weights can't be quantized on their way between GPUs; leave `quantized` empty there")
+        """Allocates the buffer on the device of the caller."""
         self._device = device
         self._schedule = schedule
         self._source, self._dest = source, dest
@@ -118,15 +120,18 @@ class DeviceTransfer:
         return BucketHeader(
             version=self._version, epoch=self._epoch, incarnation=0, generation=0, index=bucket.number,
             num_buckets=bucket.num_buckets, nbytes=bucket.nbytes, checksum=checksum, source=bucket.source,
-            dest=bucket.dest,
+            dest=bucket.dest, quantized=any(map(self._schedule.quantized, range(bucket.first, bucket.last))),
         )  # fmt: skip
 
     def _pack(self, number: int, bucket: Bucket) -> None:
         payload = self._buffer[HEADER_BYTES : HEADER_BYTES + bucket.nbytes]
         for row in range(bucket.first, bucket.last):
-            box, _ = box_of(self._schedule, self._source, row, sending=True)
-            target = payload[self._schedule.offset[row] :][: box.nbytes]
-            target.view(box.dtype).reshape(box.shape)[...] = box
+            box, dtype = box_of(self._schedule, self._source, row, sending=True)
+            target = payload[self._schedule.offset[row] :]
+            if self._schedule.quantized(row):
+                self._device.quantize(box, dtype, *_codes_and_scales(target, box))
+            else:
+                target[: box.nbytes].view(box.dtype).reshape(box.shape)[...] = box
         header = self._buffer[:HEADER_BYTES]
         header[:] = self._headers[number]
         self._device.checksum(payload, header[_CHECKSUM].view(np.uint64))
@@ -136,6 +141,15 @@ class DeviceTransfer:
         self._headers[number] = self._buffer[:HEADER_BYTES]
         self._device.checksum(payload, self._sums[number : number + 1])
         for row in range(bucket.first, bucket.last):
-            box, _ = box_of(self._schedule, self._dest, row, sending=False)
-            source = payload[self._schedule.offset[row] :][: box.nbytes]
-            box[...] = source.view(box.dtype).reshape(box.shape)
+            box, dtype = box_of(self._schedule, self._dest, row, sending=False)
+            source = payload[self._schedule.offset[row] :]
+            if self._schedule.quantized(row):
+                self._device.dequantize(*_codes_and_scales(source, box), dtype, box)
+            else:
+                box[...] = source[: box.nbytes].view(box.dtype).reshape(box.shape)
+
+
+def _codes_and_scales(place: Any, box: Any) -> tuple[Any, Any]:
+    """Where in a bucket those of a box lie: uint8 [values], float32 [rows]."""
+    at = scales_at(box.size)
+    return place[: box.size], place[at : at + 4 * (box.size // box.shape[-1])].view(np.float32)

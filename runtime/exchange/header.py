@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from ..codec import Buffer, wire
-from ..errors import CorruptWeights
+from ..errors import BadWeights, CorruptWeights
 
 BUCKET_BYTES = 1 << 19
 """Bytes per checksum; few enough that a bucket is hashed while it is still in the cache."""
@@ -82,6 +82,8 @@ class Seat:
     """Name, dtype and shape of the tensors that a member wants; empty if it takes what comes."""
     load_s: float = 0.0
     """What a member needs beside the transfer, such as to have a server read the weights."""
+    epoch: int = -1
+    """The highest that a member has seen: an exchange goes on above it, whatever the clocks say."""
 
     def mismatch(self, tensors: list[TensorSpec]) -> str:
         """How `tensors` differ from the schema, with the values of both sides; "" if they do not."""
@@ -122,6 +124,22 @@ class Manifest:
     """Of each bucket of the payload; the last one is shorter."""
     seat: Seat = field(default_factory=Seat)
     """The publisher's."""
+    token: bytes = b""
+    """Of the carrier, for the routes of all members: see Source.open."""
+    also: tuple[Manifest, ...] = ()
+    """The same version as other carriers of this publisher have it; see `together`."""
+
+    def offer(self) -> Seat:
+        """The publisher's seat with all that it offers."""
+        seats = [self.seat, *(other.seat for other in self.also)]
+        carriers = tuple(dict.fromkeys(carrier for seat in seats for carrier in seat.carriers))
+        gpu = next((seat.gpu for seat in seats if seat.gpu), "")
+        address = next((seat.address for seat in seats if seat.address), "")
+        return replace(self.seat, carriers=carriers, gpu=gpu, address=address)
+
+    def by(self, carrier: str) -> Manifest:
+        """What a member of this carrier is given."""
+        return replace(next(m for m in (self, *self.also) if carrier in m.seat.carriers), also=())
 
     def check(self) -> None:
         """Raises CorruptWeights if it leads outside the payload: it comes from another process."""
@@ -146,6 +164,21 @@ class Manifest:
             spec.name: payload[spec.offset : spec.offset + spec.nbytes].view(stored(spec.dtype)).reshape(spec.shape)
             for spec in self.tensors
         }
+
+
+def together(first: Manifest, *others: Manifest) -> Manifest:
+    """One publication of what several sources of a publisher have published: for each member, the carrier that fits.
+
+    Raises BadWeights unless all are of one publisher, host and version, and each has carriers of its own.
+    """
+    carriers = [carrier for manifest in (first, *others) for carrier in manifest.seat.carriers]
+    said = {(m.name, m.seat.host, m.version) for m in (first, *others)}
+    if len(said) > 1 or len(set(carriers)) < len(carriers):
+        raise BadWeights(
+            "sources that publish together must have one name, host and version, and carriers of their own, got "
+            + "; ".join(f"{m.name} version {m.version} by {', '.join(m.seat.carriers)}" for m in (first, *others))
+        )
+    return replace(first, also=others)
 
 
 @wire

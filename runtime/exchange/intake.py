@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Prepare = Callable[[int, Mapping[str, np.ndarray]], T]
 
+CLOSE_S = 30.0
+"""For a sink to close; its own limits are shorter."""
+
 NICENESS = 10
 """Of the weights' thread."""
 
@@ -51,15 +54,20 @@ class Intake(Generic[T]):
         self._sinks: dict[str, Sink] = {"shm": self._receiver, **(sinks or {})}
         self._thread: WorkThread | None = None
         self._turn = asyncio.Lock()
-        self._epoch = -1
+        self._epoch = self._seen = -1
         self._last: tuple[int, int] | None = None
         """Incarnation and version of what was taken last."""
         self._carried: tuple[Manifest, Mapping[str, np.ndarray]] | None = None
 
     def seat(self, schema: tuple[tuple[str, str, tuple[int, ...]], ...] = ()) -> Seat:
         """For the exchange; see Seat."""
-        address = next((sink.address for sink in self._sinks.values() if hasattr(sink, "address")), "")
-        return Seat(host=host_id(), carriers=tuple(self._sinks), address=address, schema=schema)
+        address, gpu = (
+            next((getattr(sink, name) for sink in self._sinks.values() if hasattr(sink, name)), "")
+            for name in ("address", "gpu")
+        )
+        return Seat(
+            host=host_id(), gpu=gpu, carriers=tuple(self._sinks), address=address, schema=schema, epoch=self._seen
+        )
 
     async def load(self, manifest: Manifest, route: Route | None = None) -> T:
         """Receives a version and prepares it; cancelled, it stops soon.
@@ -69,6 +77,7 @@ class Intake(Generic[T]):
         """
         route = route or Route(carrier="shm")
         self._refuse(manifest, route)
+        self._seen = max(self._seen, route.epoch)
         if route.epoch > self._epoch:
             self._end(route.epoch - 1)
         async with self._turn:
@@ -95,6 +104,7 @@ class Intake(Generic[T]):
     async def transfer(self, manifest: Manifest, route: Route) -> None:
         """Takes part in a collective transfer; what it brings is taken by a `load` of the same manifest. Raises as
         `receive` of the sink, which knows by itself which epochs are over."""
+        self._seen = max(self._seen, route.epoch)
         async with self._turn:
             self._thread = self._thread or WorkThread("weights")
             self._carried = None
@@ -111,15 +121,27 @@ class Intake(Generic[T]):
     def _end(self, epoch: int) -> None:
         """Ends what is of this epoch or an earlier one; members of a collective carrier stay connected."""
         self._epoch = max(self._epoch, epoch)
+        self._seen = max(self._seen, epoch)
         for sink in self._sinks.values():
             if not _collective(sink):
                 sink.abort(epoch)
 
-    def close(self) -> None:
-        for sink in self._sinks.values():
-            sink.close()
+    async def close(self) -> None:
+        """Gives back what all sinks and the thread have, then raises what one of them raised: TransferFailed,
+        CommunicatorHung, TimeoutError for what does not end."""
+        failed: list[Exception] = []
+        for name, sink in self._sinks.items():
+            try:
+                if _collective(sink):  # It waits until it is alone.
+                    await _within(CLOSE_S, asyncio.to_thread(sink.close), f"the sink of {name} does not close")
+                else:
+                    sink.close()
+            except Exception as error:  # noqa: BLE001 (the others are closed first)
+                failed.append(error)
         if self._thread is not None:
             self._thread.close()
+        if failed:
+            raise failed[0]
 
     def _refuse(self, manifest: Manifest, route: Route) -> None:
         if route.members and route.epoch <= self._epoch:
@@ -143,6 +165,16 @@ class Intake(Generic[T]):
         else:
             tensors = self._sinks[route.carrier].receive(manifest, route)
         return self._prepare(manifest.version, restore(tensors))
+
+
+async def _within(seconds: float, work: Coroutine[Any, Any, None], why: str) -> None:
+    """As wait_for, of what can't be cancelled."""
+    task = asyncio.ensure_future(work)
+    done, _ = await asyncio.wait([task], timeout=seconds)
+    if not done:
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        raise TimeoutError(f"{why} within {seconds:g} s")
+    task.result()
 
 
 def _collective(sink: Sink) -> bool:

@@ -1,7 +1,7 @@
 """CUDA IPC: weights from one process to others on the same GPU, by memory that all of them have mapped.
 
     publisher   one allocation [words | payload 0 | words | payload 1]   <- publish copies the tensors in, in turn
-                     |  handle, the route's token
+                     |  handle: the manifest's token, hence the route's
     member      maps it once, compares the checksums where the bytes lie, copies out, looks at the words again
 
 As in shm.py, but on a GPU: words say which generation a payload holds, written before and after it; a member that
@@ -148,7 +148,9 @@ class IpcSource:
                 payload[spec.offset + spec.nbytes : _aligned(spec.offset + spec.nbytes)] = 0
             sums = _sums(self._gpu, payload)
             self._shared.set_words(number, self._incarnation, generation, generation)
-        self.manifest = replace(manifest, fd=number, bucket_bytes=BUCKET_BYTES, checksums=sums, seat=self._seat)
+        self.manifest = replace(
+            manifest, fd=number, bucket_bytes=BUCKET_BYTES, checksums=sums, seat=self._seat, token=self._handle
+        )
         return self.manifest
 
     def open(self, epoch: int) -> tuple[str, bytes]:
@@ -180,6 +182,11 @@ class IpcSink:
         self._handle = b""
         self._address = 0
         self._over = -1
+
+    @property
+    def gpu(self) -> str:
+        """The UUID of the GPU that it copies on."""
+        return self._gpu.uuid
 
     def receive(
         self, manifest: Manifest, route: Route, into: Tensors | None = None, copies: Sequence[Copy] | None = None

@@ -6,17 +6,22 @@ Knows nothing of who else there is, but for the sake of a route.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
-from ..errors import BadWeights
+from ..errors import BadWeights, TransferFailed
 from .carrier import choose
 from .header import Manifest, Route, Seat
 from .tree import sources_of
 
+T = TypeVar("T")
+
 NOTHING = -1
 """Version of a member that holds no weights."""
+
+ENDING_S = 5.0
+"""For what was cancelled to end."""
 
 
 class Port(Protocol):
@@ -66,6 +71,11 @@ class Member:
     """What a convoy has brought it last."""
     task: asyncio.Task[None] | None = None
 
+    @property
+    def followed(self) -> bool:
+        """Whether there is somebody who brings it something."""
+        return self.task is None or not self.task.done()
+
     def lacks(self, manifest: Manifest | None) -> bool:
         """Whether it is to be given that, now."""
         return manifest is not None and manifest is not self.tried and manifest.version != self.holds
@@ -73,9 +83,9 @@ class Member:
     def admit(self, manifest: Manifest, wanted: str) -> None:
         """Chooses its carrier. Raises BadWeights, ValueError if it can't take what is published."""
         assert self.seat is not None
-        if found := self.seat.mismatch(manifest.tensors):
+        self.carrier = choose(manifest.offer(), self.seat, wanted)
+        if found := self.seat.mismatch(manifest.by(self.carrier).tensors):
             raise BadWeights(f"{self.name} can't take version {manifest.version} of {manifest.name}: {found}")
-        self.carrier = choose(manifest.seat, self.seat, wanted)
 
     def took(self, version: int) -> None:
         self.holds, self.lost, self.tried, self.refused, self.failures = version, "", None, None, 0
@@ -95,10 +105,35 @@ class Member:
         return min(first * 2.0 ** (self.failures - 1), most)
 
 
+async def answer(question: Awaitable[T]) -> T:
+    """What a port answers, whatever it does when it is cancelled. Raises what it raises; TransferFailed if it was
+    cancelled there and not here."""
+    task = asyncio.ensure_future(question)
+    try:
+        await asyncio.wait([task])
+        if task.cancelled():
+            raise TransferFailed("it was cancelled where it ran")
+        return task.result()
+    finally:
+        await ended([task])
+
+
+async def ended(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancels what is still asked, and waits for its end, but not for ever."""
+    tasks = list(tasks)
+    unfinished = [task for task in tasks if not task.done()]
+    for task in unfinished:
+        task.cancel()
+    if unfinished:
+        await asyncio.wait(unfinished, timeout=ENDING_S)
+    for task in tasks:
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+
 def route_to(
     member: Member, members: Iterable[Member], manifest: Manifest, epoch: int, deadline_s: float, stall_s: float
 ) -> Route:
-    """How a version comes to one of `members`. Those that are lost hand nothing on."""
+    """How a version, as its carrier has it, comes to one of `members`. Those that are lost hand nothing on."""
     live = [other for other in members if not other.lost or other is member]
     sources: tuple[str, ...] = ()
     if member.carrier == "tree":
@@ -107,5 +142,5 @@ def route_to(
         sources = sources_of(tree.index(member) + 1, addresses)
     return Route(
         carrier=member.carrier, epoch=epoch, members=(manifest.name, *(other.name for other in live)),
-        rank=live.index(member) + 1, sources=sources, deadline_s=deadline_s, stall_s=stall_s,
+        rank=live.index(member) + 1, sources=sources, token=manifest.token, deadline_s=deadline_s, stall_s=stall_s,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import asyncio
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -40,6 +40,9 @@ BUCKET_BYTES = 32 << 20
 """Large enough for the rate of a link between GPUs; memory that each end needs beside the weights."""
 
 UNIQUE_ID_BYTES = 128
+
+NEVER = 1 << 63
+"""An epoch after all others."""
 
 
 class CupyFabric:
@@ -126,12 +129,15 @@ class NcclEnd:
         *,
         plan: PlanFor = whole_plan,
         bucket_bytes: int = BUCKET_BYTES,
+        quantized: Collection[str] = (),
         limits: Limits | None = None,
         make: Callable[[Gpu], Fabric] = CupyFabric,
         on_hung: Callable[[str], None] = end_this_process,
     ) -> None:
+        """`plan`, `bucket_bytes` and `quantized`, names of tensors that travel as FP8, must be the same at all ends."""
         self.name = name
         self._gpu = gpu or Gpu()
+        self._quantized = tuple(quantized)
         self._plan_for = plan
         self._bucket_bytes = bucket_bytes
         self._limits = limits or Limits()
@@ -140,23 +146,21 @@ class NcclEnd:
         self._one = threading.Lock()
         self._schedule: tuple[tuple[Any, ...], Schedule] | None = None
 
+    @property
+    def gpu(self) -> str:
+        """The UUID of its GPU."""
+        return self._gpu.uuid
+
     def abort(self, epoch: int) -> None:
         """Ends what goes on in this epoch or earlier ones; when it returns, nothing of them is left here.
 
         Raises CommunicatorHung: this process ends.
         """
-        self._communicator.tell(epoch, "the exchange ends this epoch")
-        if not self._one.acquire(timeout=self._limits.look_s + 3 * self._limits.abort_s):
-            raise CommunicatorHung(f"{self.name}: a transfer of epoch {epoch} does not end: {self.waits()}")
-        try:
-            self._blocking(self._communicator.retire(epoch))
-        finally:
-            self._one.release()
+        self._alone(epoch, lambda: self._communicator.retire(epoch))
 
     def close(self) -> None:
-        """Gives the communicator back. Raises CommunicatorHung."""
-        with self._one:
-            self._blocking(self._communicator.close())
+        """Ends what goes on, and gives the communicator back. Raises CommunicatorHung. Not on a thread with a loop."""
+        self._alone(NEVER, self._communicator.close)
 
     def waits(self) -> list[dict[str, Any]]:
         """What it waits for, as waits.Waits.rows."""
@@ -186,8 +190,18 @@ class NcclEnd:
         key = (tuple((s.name, s.dtype, tuple(s.shape)) for s in manifest.tensors), route.members, route.rank)
         if self._schedule is None or self._schedule[0] != key:
             plan = self._plan_for(manifest, route)
-            self._schedule = key, Schedule(plan, route.rank, bucket_bytes=self._bucket_bytes)
+            self._schedule = key, Schedule(plan, route.rank, bucket_bytes=self._bucket_bytes, quantized=self._quantized)
         return self._schedule[1]
+
+    def _alone(self, epoch: int, work: Callable[[], Any]) -> None:
+        """Does it once the transfer of this epoch, or an earlier one, has ended."""
+        self._communicator.tell(epoch, "the exchange ends this epoch")
+        if not self._one.acquire(timeout=self._limits.look_s + 3 * self._limits.abort_s):
+            raise CommunicatorHung(f"{self.name}: a transfer of epoch {epoch} does not end: {self.waits()}")
+        try:
+            self._blocking(work())
+        finally:
+            self._one.release()
 
     def _blocking(self, work: Any) -> None:
         try:

@@ -19,7 +19,7 @@ import numpy as np
 import zmq
 
 from ..curve import Gate, Keys
-from ..errors import LaunchError
+from ..errors import LaunchError, TransferFailed
 from ..transport import check_address, resolve
 from .header import BucketHeader, Manifest
 
@@ -34,6 +34,9 @@ MAX_ASKED = 64
 
 MAX_WAITING = 256
 """Askers that wait for buckets to come; beyond them the first is forgotten, and will ask elsewhere."""
+
+CLOSE_S = 5.0
+"""For its thread to end."""
 
 Socket = zmq.Socket[bytes]
 
@@ -91,9 +94,12 @@ class Shelf:
         os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
+        """Raises TransferFailed if its thread does not end: then it keeps its sockets."""
         self._closing = True
         self.grown()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            raise TransferFailed(f"what serves weights at {self.address} has not ended within {CLOSE_S:g} s")
         self._release()
 
     def _release(self) -> None:

@@ -135,17 +135,17 @@ def _quantize(box: np.ndarray, dtype: str, target: np.ndarray, name: str) -> Non
             f"{name}: {error}; it was not sent. Go back to a checkpoint, or lower the learning rate"
         ) from None
     target[: codes.size] = codes.reshape(-1)
-    at = _scales_at(codes.size)
+    at = scales_at(codes.size)
     target[at : at + scales.nbytes].view(np.float32)[:] = scales
 
 
 def _dequantize(source: np.ndarray, dtype: str, box: np.ndarray) -> None:
     shape = -1, box.shape[-1]
     codes = source[: box.size].reshape(shape)
-    at = _scales_at(box.size)
+    at = scales_at(box.size)
     scales = source[at : at + 4 * len(codes)].view(np.float32)
     np.copyto(box, fp8.from_float(fp8.dequantize(codes, scales), dtype).reshape(box.shape))
 
 
-def _scales_at(num_codes: int) -> int:
+def scales_at(num_codes: int) -> int:
     return -(-num_codes // 16) * 16

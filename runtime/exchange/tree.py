@@ -26,7 +26,7 @@ from ..errors import CorruptWeights, StaleIncarnation, TransferFailed
 from . import payload as payloads
 from .carrier import Copy
 from .header import BucketHeader, Manifest, Route, checksum
-from .shelf import ASK, Shelf, Socket, Work
+from .shelf import ASK, CLOSE_S, Shelf, Socket, Work
 from .shm import Publisher
 
 BUCKETS_ASKED = 4
@@ -150,10 +150,11 @@ class TreeSink:
         return dealer
 
     def close(self) -> None:
-        """Ends a receive that goes on, within some `POLL_MS`; there can't be another one."""
+        """Ends a receive that goes on, within some `POLL_MS`; there can't be another one. Raises TransferFailed."""
         self._aborted = NEVER
-        with self._receiving:
-            self._context.destroy(linger=0)
+        if not self._receiving.acquire(timeout=CLOSE_S):
+            raise TransferFailed(f"a receive by the tree has not ended within {CLOSE_S:g} s")
+        self._context.destroy(linger=0)
         if self._shelf is not None:
             self._shelf.close()
         self._works = [None, None]

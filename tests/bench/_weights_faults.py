@@ -81,7 +81,7 @@ class Taker(Actor):
         self._serves: tuple[int, dict[str, np.ndarray]] = -1, {}
 
     async def stop(self, reason: BaseException | None) -> None:
-        self._intake.close()
+        await self._intake.close()
 
     @message(concurrent=True, lane=Lane.CONTROL)
     async def seat(self) -> Seat:

@@ -68,7 +68,7 @@ class OpenAiBackend:
     async def close(self) -> None:
         await self._server.close()
         await self._client.close()
-        self._intake.close()
+        await self._intake.close()
 
     def seat(self) -> Seat:
         load_s = self._server.load_s if self._settings.weights == "update" else 0.0
