@@ -358,9 +358,9 @@ class Engine:
 
     def _free(self, slots: np.ndarray) -> np.ndarray:
         """`slots`: int64 [n], ascending. Returns the pages that are free now."""
-        freed = [self._scheduler.give_back(self._slots.pages(slot)) for slot in slots.tolist()]
+        pages = [self._slots.pages(slot) for slot in slots.tolist()]
         self._slots.free(slots)
-        return np.concatenate(freed) if freed else np.zeros(0, np.int64)
+        return self._scheduler.give_back(np.concatenate(pages)) if pages else np.zeros(0, np.int64)
 
     def _turn_away(self, request: Request) -> None:
         why = f"queue full: {self.num_waiting} responses wait, and max_waiting is {self._max_waiting}; ask again later"

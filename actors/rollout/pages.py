@@ -48,7 +48,20 @@ class PagePool:
 
     def take_each(self, after: np.ndarray) -> np.ndarray:
         """One free page after each of `after`, int64 [n], as `take`."""
-        return np.array([self.take(1, page)[0] for page in after.tolist()], np.int64)
+        taken = after + 1
+        inside = (taken % self._per_block > 0) & (taken < self.num_pages)
+        goes_on = inside & (self._users[np.where(inside, taken, 0)] == 0)
+        # Members of a group whose prompt fills its last page come from the same one: the first gets the next.
+        first = np.zeros(len(taken), bool)
+        first[np.unique(taken, return_index=True)[1]] = True
+        goes_on &= first
+        pages = taken[goes_on]
+        self._users[pages] = 1
+        np.add.at(self._used_in, pages // self._per_block, 1)
+        self.num_free -= len(pages)
+        for index in np.flatnonzero(~goes_on).tolist():
+            taken[index] = self.take(1)[0]
+        return taken
 
     def _next(self, after: int) -> int:
         following = after + 1
@@ -66,10 +79,11 @@ class PagePool:
         self._users[pages] += times
 
     def give_back(self, pages: np.ndarray) -> np.ndarray:
-        """Counts one user less of each of `pages`, which are distinct. Returns those that are free now."""
-        assert (self._users[pages] > 0).all(), "a free page can't be given back"
-        self._users[pages] -= 1
-        freed: np.ndarray = pages[self._users[pages] == 0]
+        """Counts one user less of each of `pages`, int64 [n], as often as it is there. Returns what is free now."""
+        np.subtract.at(self._users, pages, 1)
+        left = self._users[pages]
+        assert (left >= 0).all(), "a free page can't be given back"
+        freed: np.ndarray = np.unique(pages[left == 0])
         self.num_free += len(freed)
         blocks = freed // self._per_block
         np.subtract.at(self._used_in, blocks, 1)
