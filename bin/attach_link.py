@@ -12,11 +12,14 @@ import asyncio
 import builtins
 import importlib
 import json
+import os
 import queue
 import re
 import socket
+import struct
 import threading
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +53,12 @@ class Link:
         try:
             given = json.loads((run / FILE).read_text())
             self._socket.connect(given["socket"])
+            _require_own(run / FILE, self._socket)
             self._socket.sendall(frames.pack({"token": given["token"]}))
             header, beside = self._read()
+        except AttachError:
+            self._socket.close()
+            raise
         except (OSError, ValueError, KeyError, EOFError) as error:
             self._socket.close()
             why = getattr(error, "strerror", None) or str(error)
@@ -125,7 +132,8 @@ class Link:
         answers: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
 
         def deliver(kind: str, value: Any) -> None:
-            loop.call_soon_threadsafe(answers.put_nowait, (kind, value))
+            with suppress(RuntimeError):  # The loop was closed, and nobody waits any more.
+                loop.call_soon_threadsafe(answers.put_nowait, (kind, value))
 
         number = self.start(question, deliver, details)
         try:
@@ -177,6 +185,16 @@ class Link:
         return bytes(data)
 
 
+def _require_own(file: Path, client: socket.socket) -> None:
+    """Raises AttachError if a run is another user's: what it answers with has modules imported here."""
+    _, uid, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    for owner in (file.stat().st_uid, uid):
+        if owner != os.geteuid():
+            raise AttachError(
+                f"{file}: the run belongs to user {owner}, and you are {os.geteuid()}; attach as that user"
+            )
+
+
 def _value(header: frames.Header, kind: str, beside: bytes) -> Any:
     """Imports the modules of classes in it, which the run itself has imported. Raises CodecError."""
     tried: set[str] = set()
@@ -204,5 +222,8 @@ def _error(name: str, text: str, trace: str, remote_type: str) -> BaseException:
         return KeyboardInterrupt("cancelled")
     plain = getattr(builtins, name, None)
     if isinstance(plain, type) and issubclass(plain, Exception):
-        return plain(text)
+        try:
+            return plain(text)
+        except TypeError:
+            pass  # One that is made of more than a text.
     return errors.RemoteError(f"{name}: {text}", name, trace)

@@ -17,6 +17,7 @@ from .attach_link import Link
 from .attach_tables import (
     Rows,
     Text,
+    harmless,
     letter_rows,
     process_rows,
     setting_rows,
@@ -245,7 +246,10 @@ class Helpers:
         """follows the messages of an actor for a while"""
         name = self._actor(actor)
         self._link.ask(
-            "trace", lambda _, rows: print(*map(trace_line, rows), sep="\n"), actor=name, seconds=float(seconds)
+            "trace",
+            lambda _, rows: print(*(harmless(trace_line(row)) for row in rows), sep="\n"),
+            actor=name,
+            seconds=float(seconds),
         )
 
     def explain(self, sample: Any) -> Text:
@@ -321,10 +325,10 @@ def tail_file(run: Path, name: str, lines: int, *, follow: bool) -> Text | None:
             text = b"\n".join(file.read().splitlines()[-lines:]).decode("utf-8", "replace")
             if not follow:
                 return Text(text)
-            print(text)
+            print(harmless(text))
             while True:
                 part = file.read()
-                print(part.decode("utf-8", "replace"), end="", flush=True)
+                print(harmless(part.decode("utf-8", "replace")), end="", flush=True)
                 time.sleep(FOLLOW_S)
     except FileNotFoundError:
         logs = ", ".join(sorted(log.stem for log in (run / "logs").glob("*.log")))

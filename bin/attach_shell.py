@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Coroutine, Iterator
-from typing import Any
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from types import FrameType
+from typing import Any, cast
 
 from .attach_link import AttachError, Link
 from .attach_names import NAMES, Call, Helpers, bind, namespace
-from .attach_tables import Rows, Text
+from .attach_tables import Rows, Text, harmless
 from .runtime.errors import RuntimeFault
 from .runtime.repl.show import show
 from .runtime.repl.snippets import Snippet, trace_of
@@ -77,7 +80,7 @@ class Shell:
         except (AttachError, BrokenPipeError):
             raise
         except Exception as error:  # noqa: BLE001 (anything that a user types)
-            print(_own_trace(error), end="", file=sys.stderr)
+            print(harmless(_own_trace(error)), end="", file=sys.stderr)
             return False
 
     async def _run_here(self, snippet: Snippet) -> None:
@@ -89,21 +92,72 @@ class Shell:
         assert self.link is not None
         kind, shown = self.link.ask("evaluate", _print, actor=self.entered, source=text)
         if shown:
-            print(shown.rstrip("\n"), file=sys.stderr if kind == "error" else sys.stdout)
+            print(harmless(shown.rstrip("\n")), file=sys.stderr if kind == "error" else sys.stdout)
         return bool(kind == "value")
 
     def _complete(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs a coroutine to its end; Ctrl-C cancels it."""
-        task = self.loop.create_task(work)
+        """Runs a coroutine to its end. Ctrl-C ends it and raises KeyboardInterrupt here: in the user's own lines at
+        once, while they wait by cancelling them, and never inside of the loop, which would be left in disorder."""
+        steps = _Steps(work)
+        task = self.loop.create_task(steps.all())
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            if steps.at_work:
+                raise KeyboardInterrupt
+            self.loop.call_soon_threadsafe(task.cancel)
+
+        in_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, interrupt) if in_main else None
         try:
             self.loop.run_until_complete(task)
+        except (asyncio.CancelledError, _Interrupted):
+            raise KeyboardInterrupt from None
+        finally:
+            if in_main:
+                signal.signal(signal.SIGINT, before)
+
+
+class _Interrupted(BaseException):
+    """A KeyboardInterrupt on its way through the loop, which would stop for the other."""
+
+
+class _Steps:
+    """A coroutine that says whether it is at work, or waits."""
+
+    def __init__(self, work: Coroutine[Any, Any, None]) -> None:
+        self.cr_await = work
+        self.at_work = False
+
+    async def all(self) -> None:
+        await self
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return cast("Generator[Any, Any, None]", self)
+
+    def __iter__(self) -> _Steps:
+        return self
+
+    def __next__(self) -> Any:
+        return self.send(None)
+
+    def send(self, value: Any) -> Any:
+        return self._step(self.cr_await.send, value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._step(self.cr_await.throw, *error)
+
+    def close(self) -> None:
+        self.cr_await.close()
+
+    def _step(self, step: Callable[..., Any], *args: Any) -> Any:
+        try:
+            self.at_work = True
+            try:
+                return step(*args)
+            finally:
+                self.at_work = False
         except KeyboardInterrupt:
-            if not task.done():
-                task.cancel()
-                self.loop.run_until_complete(asyncio.wait([task], timeout=1.0))
-            if task.done() and not task.cancelled():
-                task.exception()
-            raise
+            raise _Interrupted from None
 
 
 def split(source: str) -> Iterator[tuple[str, ast.stmt]]:
@@ -126,7 +180,7 @@ def _calls_helper(tree: ast.stmt) -> bool:
 
 
 def _print(kind: str, text: Any) -> None:
-    print(text, end="", flush=True)
+    print(harmless(text), end="", flush=True)
 
 
 def _own_trace(error: BaseException) -> str:

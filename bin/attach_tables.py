@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,9 @@ Row = dict[str, Any]
 
 MAX_ROWS = 200
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""But tabs and newlines."""
+
 
 class Text(str):
     """A string that is shown as it is, without quotes."""
@@ -18,7 +22,7 @@ class Text(str):
     __slots__ = ()
 
     def __repr__(self) -> str:
-        return str(self).rstrip("\n")
+        return harmless(str(self).rstrip("\n"))
 
 
 class Rows(list[Row]):
@@ -34,7 +38,12 @@ class Rows(list[Row]):
             return self._empty
         cells = [[str(write(row)) for write in self._columns.values()] for row in self[:MAX_ROWS]]
         lines = align([list(self._columns), *cells])
-        return "\n".join(lines + ([f"... {len(self) - MAX_ROWS} more"] if len(self) > MAX_ROWS else []))
+        return harmless("\n".join(lines + ([f"... {len(self) - MAX_ROWS} more"] if len(self) > MAX_ROWS else [])))
+
+
+def harmless(text: str) -> str:
+    """Without what would do something to a terminal."""
+    return _CONTROLS.sub("?", text)
 
 
 def align(cells: Sequence[Sequence[str]]) -> list[str]:

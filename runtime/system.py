@@ -48,7 +48,7 @@ from .ref import Ref
 from .remote import RemoteNodes
 from .repl.desk import Desk
 from .repl.door import Door
-from .repl.live import LiveSettings
+from .repl.live import LiveSettings, read_changed
 from .root import Root
 from .rundir import RunDirectory, claim
 from .strategy import Group, Strategy, Supervisor
@@ -139,6 +139,7 @@ class System:
 
     async def _open_root(self) -> None:
         kept = None if self._given_dir is None else self.run_dir
+        changed = {} if kept is None else read_changed(kept / "settings.json")  # Before anything is open.
         self.node = Node(f"{ROOT}#1", f"ipc://{self._scratch}/{ROOT}-1", self.events, arena_bytes=self._arena_bytes)
         status = Status(name="$root", node=self.node.key, state="up", incarnation=1, **interface_of(Root))
         self._remote = RemoteNodes(
@@ -160,7 +161,7 @@ class System:
         for host, name in ((self._agent, f"$node@{ROOT}"), (root, "$root")):
             await self._agent.host(self.node, host, name, 1).up
         self._nodes.publish(status, agent_status(self.node.key))
-        self.live = LiveSettings(None if kept is None else kept / "settings.json", self.node, self.events)
+        self.live = LiveSettings(None if kept is None else kept / "settings.json", self.node, self.events, changed)
         if kept is not None:
             self._door = Door(Desk(self, self._nodes, self._children, self.live), kept, self._scratch)
 

@@ -24,14 +24,15 @@ from sample_actors import until
 
 from headrace.attach import attach_main, find_run
 from headrace.attach_complete import complete
-from headrace.attach_link import AttachError, Link
+from headrace.attach_link import AttachError, Link, _error
 from headrace.attach_shell import Shell
 from headrace.runtime import NodeSpec, RestartPolicy, System
 from headrace.runtime.errors import ActorDied, RemoteError
-from headrace.runtime.repl import frames
+from headrace.runtime.repl import door, frames
 from headrace.runtime.repl.interrupt import Interrupted, Region
 from headrace.runtime.repl.show import show
 from headrace.runtime.repl.snippets import Snippet
+from headrace.runtime.toml import ConfigError
 
 
 @contextlib.asynccontextmanager
@@ -276,7 +277,7 @@ async def test_trace_follows_messages_and_leaves_no_trace(tmp_path):
         assert await subject.sums(1, 2) == 3
 
 
-async def test_who_is_no_friend_is_refused_and_does_no_harm(tmp_path):
+async def test_who_is_no_friend_is_refused_and_does_no_harm(tmp_path, caplog):
     async with running(tmp_path, ("subject", Subject(), "one")) as (system, link):
         file = tmp_path / "attach.json"
         given = json.loads(file.read_text())
@@ -304,8 +305,18 @@ async def test_who_is_no_friend_is_refused_and_does_no_harm(tmp_path):
         for ask, told in (("__class__", b"there is no question '__class__'"), ("kill", b"TypeError")):
             asked = frames.pack({"id": 1, "ask": ask, "with": {"x": 1}})
             assert told in await asyncio.to_thread(try_with, greeting + asked, told)
-        for nonsense in (frames.pack({"id": "x"}), frames.pack({}), b"\xff" * 64):
+        caplog.clear()
+        assert await asyncio.to_thread(try_with, frames.SIZES.pack(4000, 0) + b"[" * 4000) == b""
+        for nonsense in (
+            frames.pack({"id": []}),
+            frames.pack({"cancel": []}),
+            frames.pack({"id": "x"}),
+            frames.pack({}),
+            b"\xff" * 64,
+        ):
             await asyncio.to_thread(try_with, greeting + nonsense)
+        await until(lambda: len(system._door._sessions) == 1)
+        assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
         file.write_text(json.dumps({**given, "token": "0" * 32}))
         with pytest.raises(AttachError, match="wrong token"):
             await asyncio.to_thread(Link, tmp_path)
@@ -452,3 +463,67 @@ def test_a_snippet_keeps_the_value_of_its_last_expression():
     again = Snippet("async def f():\n    return x\ny = await f()\ny * 10")
     asyncio.run(again.run_async(names))
     assert again.value == 20 and names["y"] == 2
+
+
+async def test_a_console_that_does_not_read_is_put_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(door, "SEND_S", 0.3)
+    async with running(tmp_path, ("subject", Subject(), "root")) as (system, link):
+        given = json.loads((tmp_path / "attach.json").read_text())
+
+        def flood():
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(30)
+                client.connect(given["socket"])
+                client.sendall(frames.pack({"token": given["token"]}))
+                with contextlib.suppress(OSError):  # Until it has been put out.
+                    for number in range(200_000):
+                        client.sendall(frames.pack({"id": number, "ask": "hello", "with": {}}))
+                    return False
+                return True
+
+        assert await asyncio.to_thread(flood)
+        await until(lambda: len(system._door._sessions) == 1)
+        assert link.ask("pids")["root"] == os.getpid()
+
+
+async def test_another_users_run_is_not_attached_to(tmp_path, monkeypatch):
+    async with running(tmp_path, ("subject", Subject(), "root")):
+        me = os.geteuid()
+        monkeypatch.setattr("headrace.attach_link.os.geteuid", lambda: me + 1)
+        with pytest.raises(AttachError, match=f"belongs to user {me}"):
+            await asyncio.to_thread(Link, tmp_path)
+
+
+async def test_errors_that_are_made_of_more_than_a_text_are_told_and_nothing_acts_on_the_terminal(tmp_path):
+    async with running(tmp_path, ("subject", Subject(), "root")) as (_, link):
+        link_error = _error("UnicodeDecodeError", "text", "trace", "")
+        assert isinstance(link_error, RemoteError) and "UnicodeDecodeError: text" in str(link_error)
+        told = await at_prompt(link, "enter(subject)", "print('\\x1b[2Jx\\x07')", "leave()", "cluster.pids()")
+    assert told[1][1] == "?[2Jx?\n" and told[3][0]
+
+
+async def test_an_interruption_that_strikes_as_its_region_is_left_is_forgotten(tmp_path, monkeypatch):
+    def strike(self, *error):
+        raise Interrupted("late")
+
+    async with running(tmp_path, ("here", Subject(), "root")) as (system, link):
+        with monkeypatch.context() as patch:
+            patch.setattr(Region, "__exit__", strike)
+            told = await asyncio.to_thread(link.ask, "evaluate", actor="here", source="1")
+        assert told[0] == "error"
+        assert [region.interrupt("again") for region in system.node.regions.values()] == [False]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("{", "not valid JSON"), ("[]", "must be an object"), ('{"log_level": "LOUD"}', "log_level of DEBUG"),
+        ('{"pace.share": 7}', "pace.share must be less than or equal to 1"),
+        ('{"limit": 5000}', "too large for this pace"),
+    ],
+)  # fmt: skip
+async def test_kept_settings_that_do_not_fit_are_refused(tmp_path, content, why):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(ConfigError, match=f"settings.json: .*{why}"):
+        async with running(tmp_path, ("subject", Subject(), "root")):
+            pass

@@ -6,6 +6,9 @@ from dataclasses import replace
 import pytest
 from test_trainer_learner import CONFIG, RL, SFT, assert_equal, copied, dapo_update, groups
 
+from headrace.actors.controller import Controller
+from headrace.actors.data import RunningSum
+from headrace.actors.rollout import Rollout
 from headrace.actors.stream import StreamPool
 from headrace.actors.stream.stories import NUM_KEPT, Stories
 from headrace.actors.trainer.learner import Learner
@@ -107,3 +110,12 @@ def test_stories_are_told_and_bounded():
         stories.tell(group, "trained")
     with pytest.raises(LookupError, match="forgotten"):
         stories.of(0, NUM_KEPT + 1)
+
+
+def test_a_temperature_that_a_server_can_not_answer_for_is_refused():
+    """Its log-probabilities are those of temperature 1: the workers are asked, not the controller alone."""
+    assert "rl.temperature" in Rollout.live and "rl.temperature" in Controller.live
+    table = {"run": RunSpec(name="x"), "model": CONFIG, "task": RunningSum(), "rl": RlSettings()}
+    worker = Rollout(**table, engine="openai", base_url="http://127.0.0.1:1")
+    with pytest.raises(ValueError, match="temperature 1"):
+        replace(worker, rl=replace(worker.rl, temperature=0.9))

@@ -82,6 +82,8 @@ class Rollout(Worker):
     """Of the server, such as http://127.0.0.1:8000; for several workers one for each, separated by commas."""
     server: ServerSettings = field(default_factory=ServerSettings)
 
+    live = ("rl.temperature",)
+
     def __post_init__(self) -> None:
         if self.engine == "openai":
             addresses(self.base_url)

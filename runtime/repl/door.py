@@ -34,6 +34,9 @@ MAX_TASKS = 32
 TOKEN_S = 5.0
 """Time that a console has to show its token."""
 
+SEND_S = 10.0
+"""Time that a console may leave an answer unread; then its session is over."""
+
 CLOSE_S = 2.0
 _STREAMS = frozenset(("stream", "evaluate", "trace"))
 _OF_A_SESSION = frozenset(("call", "stream", "invoke", "evaluate", "trace"))
@@ -89,22 +92,22 @@ class Door:
     async def _enter(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._count += 1
         session = _Session(self._desk, f"attach-{self._count}", reader, writer)
+        self._sessions.add(session)
         try:
-            if len(self._sessions) >= MAX_SESSIONS:
+            if len(self._sessions) > MAX_SESSIONS:
                 await session.refuse(f"{MAX_SESSIONS} consoles are attached already; leave one of them")
             elif not await self._is_friend(reader, writer):
                 await session.refuse(
                     "wrong token: this is not the run that the file attach.json was read of; try again"
                 )
             else:
-                self._sessions.add(session)
                 try:
                     await session.serve()
                 finally:
                     session.close()
                     async with asyncio.timeout(CLOSE_S):
                         await self._desk.leave(session.name)
-        except (OSError, EOFError, ValueError, TimeoutError, asyncio.CancelledError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, asyncio.CancelledError):
             pass  # It has gone, or is no console, or the door is closed: there is nobody to be told.
         finally:
             self._sessions.discard(session)
@@ -132,7 +135,7 @@ class _Session:
         await self._send(frames.pack({"id": 0, "error": ["PermissionError", why, "", ""]}))
 
     async def serve(self) -> None:
-        """Until the console goes. Raises OSError, EOFError, ValueError."""
+        """Until the console goes. Raises OSError, EOFError; what wrong types lead to, if it is none."""
         await self._send(frames.put({"id": 0}, "value", await self._desk.hello()))
         while True:
             header, beside = await _read(self._reader)
@@ -183,7 +186,12 @@ class _Session:
     async def _send(self, frame: bytes) -> None:
         async with self._writing:
             self._writer.write(frame)
-            await self._writer.drain()
+            try:
+                async with asyncio.timeout(SEND_S):
+                    await self._writer.drain()
+            except TimeoutError:
+                self._writer.transport.abort()
+                raise
 
 
 async def _read(reader: asyncio.StreamReader, most: int = frames.MAX_BYTES) -> tuple[frames.Header, bytes]:

@@ -175,14 +175,19 @@ class _Run:
         except asyncio.CancelledError:
             raise
         except Interrupted as error:
+            place.region.clear()
             return ["error", f"{_until_interrupted(error)}KeyboardInterrupt: {place.region.why}\n"]
         except BaseException as error:  # noqa: BLE001 (anything that a user types, SystemExit too)
             return ["error", _readable(error)]
 
     def _run(self, snippet: Snippet) -> None:
         """On the actor's thread."""
-        with self._place.region:
-            self._run_here(snippet)
+        try:
+            with self._place.region:
+                self._run_here(snippet)
+        except Interrupted:
+            self._place.region.clear()
+            raise
 
     def _run_here(self, snippet: Snippet) -> None:
         with self._output.caught():

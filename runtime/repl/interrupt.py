@@ -52,6 +52,11 @@ class Region:
             except Interrupted:
                 continue  # It came just now, as the code had ended.
 
+    def clear(self) -> None:
+        """Nobody is in it any more: called by whoever catches Interrupted, which may have struck while it was left."""
+        with self._lock:
+            self._thread, self._asked = 0, False
+
     def interrupt(self, why: str) -> bool:
         """False if no code is in the region. From any other thread."""
         with self._lock:

@@ -26,7 +26,7 @@ from ..events import EventLog
 from ..node import Node
 from ..nodes import ROOT
 from ..rundir import write_atomically
-from ..toml import nearest
+from ..toml import ConfigError, nearest
 from .logs import LEVELS, set_level
 
 LOG_LEVEL = "log_level"
@@ -37,25 +37,27 @@ TELL_S = 10.0
 class LiveSettings:
     """Of one system. `path`: where they are kept; None for nowhere."""
 
-    def __init__(self, path: Path | None, node: Node, events: EventLog) -> None:
+    def __init__(self, path: Path | None, node: Node, events: EventLog, changed: dict[str, Any] | None = None) -> None:
         self._path = path
         self._node = node
         self._events = events
         self._lock = asyncio.Lock()
-        self.changed: dict[str, Any] = {}
+        self.changed: dict[str, Any] = changed or {}
         """What differs from the configuration: path -> value."""
-        if path is not None and path.exists():
-            self.changed = orjson.loads(path.read_bytes())
         self._level = str(self.changed.get(LOG_LEVEL, "WARNING"))
         events.listeners.append(self._on_event)
 
     def applied(self, actor: Actor) -> Actor:
-        """The actor with what was changed, before it is started."""
-        tables: dict[str, Any] = {}
-        for path in type(actor).live:
-            if path in self.changed:
-                tables |= _with(actor, path, self.changed[path], tables)
-        return dataclasses.replace(actor, **tables) if tables else actor  # type: ignore[type-var]
+        """The actor with what was changed, before it is started. Raises ConfigError if that does not fit any more."""
+        try:
+            for path in type(actor).live:
+                if path in self.changed:
+                    value = _checked(actor, path, path, self.changed[path])
+                    actor = dataclasses.replace(actor, **_with(actor, path, value))  # type: ignore[type-var]
+                    actor.fits()
+        except ValueError as error:
+            raise ConfigError(f"{self._path}: {error}; correct it, or remove the file and what it changed") from None
+        return actor
 
     def rows(self, members: Iterable[Member]) -> list[dict[str, Any]]:
         """One row per setting: its name, value, rule, the actors that have it, and whether it was changed."""
@@ -91,7 +93,7 @@ class LiveSettings:
             old = _value(having[0].actor, path)
             candidates: list[tuple[Member, dict[str, Any], Any]] = []
             for member in having:
-                tables = _with(member.actor, path, value, {})
+                tables = _with(member.actor, path, value)
                 candidate: Any = dataclasses.replace(member.actor, **tables)  # type: ignore[type-var]
                 candidate.fits()
                 candidates.append((member, tables, candidate))
@@ -149,6 +151,21 @@ class LiveSettings:
             return str(error).partition("\n")[0] or "it is not up"
 
 
+def read_changed(path: Path) -> dict[str, Any]:
+    """What was changed in an earlier process; empty if there is no such file. Raises ConfigError."""
+    if not path.exists():
+        return {}
+    try:
+        changed = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}: not valid JSON: {error}; correct it, or remove the file and what it changed"
+        ) from None
+    if not isinstance(changed, dict) or changed.get(LOG_LEVEL, "INFO") not in LEVELS:
+        raise ConfigError(f"{path}: must be an object, with a {LOG_LEVEL} of {', '.join(LEVELS)} if it has one")
+    return changed
+
+
 def _paths(members: Iterable[Member]) -> dict[str, tuple[str, list[Member]]]:
     """Name -> path and the members that have it. A name is the last word of a path, or all of it if others end so."""
     having: dict[str, list[Member]] = {}
@@ -169,12 +186,12 @@ def _value(actor: Actor, path: str) -> Any:
     return value
 
 
-def _with(actor: Actor, path: str, value: Any, tables: dict[str, Any]) -> dict[str, Any]:
-    """The actor's field that holds the setting, with the value in it. `tables`: fields that were changed already."""
+def _with(actor: Actor, path: str, value: Any) -> dict[str, Any]:
+    """The actor's field that holds the setting, with the value in it."""
     name, _, inner = path.partition(".")
     if not inner:
         return {name: value}
-    return {name: dataclasses.replace(tables.get(name, getattr(actor, name)), **{inner: value})}
+    return {name: dataclasses.replace(getattr(actor, name), **{inner: value})}
 
 
 def _hint(actor: Actor, path: str) -> Any:
