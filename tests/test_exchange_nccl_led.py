@@ -178,6 +178,7 @@ async def test_an_intake_closes_all_its_sinks_on_a_loop_and_says_which_did_not()
         await Intake(copied, sinks).close()
     assert odd.closed and last.closed
 
+    await Intake(copied, {"nccl": NcclSink("well", HostGpu(), limits=LIMITS)}).close()
     busy = NcclSink("busy", HostGpu(), limits=Limits(look_s=0.01, abort_s=0.01))
     with busy._one, pytest.raises(CommunicatorHung, match=r"busy: a transfer of epoch .* does not end"):
         await Intake(copied, {"nccl": busy}).close()
