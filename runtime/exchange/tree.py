@@ -154,10 +154,13 @@ class TreeSink:
         self._aborted = NEVER
         if not self._receiving.acquire(timeout=CLOSE_S):
             raise TransferFailed(f"a receive by the tree has not ended within {CLOSE_S:g} s")
-        self._context.destroy(linger=0)
-        if self._shelf is not None:
-            self._shelf.close()
-        self._works = [None, None]
+        try:
+            self._context.destroy(linger=0)
+            if self._shelf is not None:
+                self._shelf.close()
+            self._works = [None, None]
+        finally:
+            self._receiving.release()  # Whoever waits to receive is told that it is over.
 
     def _begin(self, manifest: Manifest) -> Work:
         """The payload to receive into: what is there of this very version goes on, else the older one gives way."""
