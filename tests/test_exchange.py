@@ -1,6 +1,7 @@
 """A receiver gets the weights of one version, whole, or an error that says why not; no death leaves anything behind."""
 
 import dataclasses
+import gc
 import os
 import random
 import signal
@@ -37,9 +38,23 @@ def weights(version, n=300_000):
     return {"a": np.full((n,), version, np.float32), "b": np.full((3, 7), version, np.int64), "c": np.float16(version)}
 
 
-def mappings():
+def all_mappings():
     with open("/proc/self/maps") as file:
         return sum("memfd:headrace" in line for line in file)
+
+
+@pytest.fixture(autouse=True)
+def others(monkeypatch):
+    """What tests before this one have left to the garbage collector."""
+    gc.collect()
+    monkeypatch.setitem(OTHERS, "mappings", all_mappings())
+
+
+OTHERS = {"mappings": 0}
+
+
+def mappings():
+    return all_mappings() - OTHERS["mappings"]
 
 
 dtypes = st.sampled_from("|b1 |u1 |i1 <u2 <i2 <u4 <i4 <u8 <i8 <f2 <f4 <f8".split()).map(np.dtype)

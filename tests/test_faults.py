@@ -172,7 +172,8 @@ def test_weights_that_are_no_numbers_are_not_published_and_end_the_run_with_the_
 
 
 @pytest.mark.slow
-def test_weights_may_go_by_the_tree_and_whoever_comes_back_fetches_them_anew(tmp_path: Path) -> None:
+def test_by_the_tree(tmp_path: Path) -> None:
+    """Weights may go by it; whoever comes back fetches them anew. (The name is short: sockets lie in its folder.)"""
     with launch(tmp_path, {"rl.steps": 30, "actors.controller.carrier": "tree"}) as job:
         job.wait_for_step(3)
         job.kill("rollout")

@@ -60,8 +60,9 @@ class Rank:
             }
         begin = time.perf_counter()
         manifest = self.end.publish(version, tensors)
+        said = {**dataclasses.asdict(manifest), "token": manifest.token.hex()}
         return {
-            "manifest": dataclasses.asdict(manifest), "seconds": time.perf_counter() - begin,
+            "manifest": said, "seconds": time.perf_counter() - begin,
             "sums": self._sums(tensors),
         }  # fmt: skip
 
@@ -134,7 +135,7 @@ def manifest_of(fields: dict[str, Any]) -> Manifest:
     """What `dataclasses.asdict` made of it, back."""
     specs = [TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in fields["tensors"]]
     seat = Seat(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields["seat"].items()})
-    return Manifest(**{**fields, "tensors": specs, "seat": seat})
+    return Manifest(**{**fields, "tensors": specs, "seat": seat, "token": bytes.fromhex(fields["token"])})
 
 
 def route_of(fields: dict[str, Any]) -> Route:
